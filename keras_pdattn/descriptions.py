@@ -1,0 +1,110 @@
+"""Values described by a config: what feature maps, transforms, training sets and primals share."""
+
+import dataclasses
+import json
+
+import keras
+
+PACKAGE = "keras_pdattn"
+
+
+class Description:
+    """An immutable value that its config describes, as Keras describes initialisers.
+
+    Equality, hash, `repr` and the JSON round trip all follow from
+    `get_config()`. A frozen dataclass gets `get_config()` from its fields; any
+    other subclass writes its own, the inverse of its constructor.
+    """
+
+    def get_config(self):
+        """Returns the JSON-serialisable constructor arguments."""
+        if not dataclasses.is_dataclass(self):
+            return {}
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in values.items()
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        """Builds the description that `get_config()` wrote down."""
+        return cls(**config)
+
+    def __eq__(self, other):
+        return type(self) is type(other) and self.get_config() == other.get_config()
+
+    def __hash__(self):
+        return hash((type(self), json.dumps(self.get_config(), sort_keys=True)))
+
+    def __repr__(self):
+        arguments = ", ".join(f"{name}={value!r}" for name, value in self.get_config().items())
+        return f"{type(self).__name__}({arguments})"
+
+
+def serialize(description):
+    """Writes `description` as a config that `get()` and Keras read back.
+
+    Raises:
+        ValueError: if its class is not registered with Keras, since a file
+            holding it could not be loaded.
+    """
+    cls = type(description)
+    if keras.saving.get_registered_name(cls) == cls.__name__:
+        raise ValueError(
+            f"{cls.__name__} can't be written to a config because Keras does not know it. "
+            "Decorate the class with `@keras.saving.register_keras_serializable("
+            f'package="my_package")`. Received: {description!r}'
+        )
+    return keras.saving.serialize_keras_object(description)
+
+
+class Registry:
+    """The built-in members of one kind by name, and the way from an identifier to a member.
+
+    Args:
+        kind: what a member is called in messages, e.g. `"feature map"`.
+        base: the class every member is an instance of.
+        members: dict from a name to the member with its default arguments.
+    """
+
+    def __init__(self, kind, base, members):
+        self.kind = kind
+        self.base = base
+        self.members = members
+
+    def get(self, identifier):
+        """Returns the member that `identifier` names, describes or is."""
+        if isinstance(identifier, self.base):
+            return identifier
+        if isinstance(identifier, type) and issubclass(identifier, self.base):
+            return identifier()
+        if isinstance(identifier, str):
+            return self._by_name(identifier)
+        if isinstance(identifier, dict) and "class_name" in identifier:
+            return self._by_config(identifier)
+        raise ValueError(
+            f"A {self.kind} is given as a name ({self._names()}), a config dict or an instance of "
+            f"`{self.base.__module__}.{self.base.__name__}`. "
+            f"Received: {identifier!r}"
+        )
+
+    def _by_name(self, name):
+        if name in self.members:
+            return self.members[name]
+        registered = keras.saving.get_registered_object(name)
+        if registered is not None:
+            return self.get(registered)
+        raise ValueError(
+            f"Unknown {self.kind}. Expected one of {self._names()}, or the registered name of a "
+            f"class of yours. Received: {name!r}"
+        )
+
+    def _by_config(self, config):
+        classes = {type(member).__name__: type(member) for member in self.members.values()}
+        if "registered_name" not in config and config["class_name"] in classes:
+            return classes[config["class_name"]].from_config(config.get("config", {}))
+        return self.get(keras.saving.deserialize_keras_object(config))
+
+    def _names(self):
+        return ", ".join(repr(name) for name in self.members)

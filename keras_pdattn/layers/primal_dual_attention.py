@@ -1,0 +1,342 @@
+"""The attention layer that a primal problem defines."""
+
+import keras
+
+from keras_pdattn import descriptions, ops, primals, validation
+from keras_pdattn.layers import input_checks
+from keras_pdattn.layers.masking import attach_mask, detached_masks
+from keras_pdattn.layers.transform_weights import TransformWeights
+from keras_pdattn.ops import masks
+from keras_pdattn.ops.axes import AttendedAxes
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+class PrimalDualAttention(keras.layers.MultiHeadAttention):
+    r"""Multi-head attention defined by a primal problem.
+
+    Each head computes, with the feature map \(\Phi\), the transform \(T\) and the
+    training set \(S_i\) of query \(i\) that `primal` names,
+
+    \[ h_i = \sum_{j \in S_i} \frac{\Phi(T(q_i))^\top \Phi(T(k_j))}
+       {\sum_{l \in S_i} \Phi(T(q_i))^\top \Phi(T(k_l))} v_j \]
+
+    which is the support vector expansion of a support vector regression. It is a
+    `keras.layers.MultiHeadAttention` in every argument, call argument, sublayer
+    and weight, and with `primal="softmax"` in its numbers. It differs where Keras
+    is not of one mind: a query that sees nothing gets exactly zero before the
+    output bias, an explicit `query_mask` acts (and is attached to the output),
+    and masks stay on the inputs.
+
+    Masking: a padded key is in no training set. Padding comes from
+    `query_mask`, `value_mask` and `key_mask` or, where these are `None`, from
+    the masks Keras attaches to tensors; the output carries the query's. An
+    `attention_mask` and `sliding_window` restrict what a query sums over.
+
+    Causal use: a query's output is that of the last query of a non-causal call
+    on the keys up to it, statistics and windows included.
+
+    Cost: that of `primal`; softmax over all keys takes queries times keys
+    products per head.
+
+    Args:
+        num_heads: number of heads.
+        key_dim: depth of each head's queries and keys.
+        value_dim: depth of each head's values; `key_dim` if `None`.
+        dropout: share of the attention weights dropped in training, in [0, 1).
+        use_bias: whether the projections have biases.
+        output_shape: shape of an output beyond batch and time, an int or a
+            tuple; the query's width if `None`.
+        attention_axes: the axes to attend over; all between batch and features
+            if `None`. Several are one sequence in raster order.
+        sliding_window: a query sees keys less than this many positions away;
+            `None` for all.
+        flash_attention: whether to insist on the backend's flash kernel; `None`
+            leaves the choice to it.
+        kernel_initializer: initialiser of the projections' kernels.
+        bias_initializer: initialiser of their biases.
+        kernel_regularizer: regulariser of their kernels.
+        bias_regularizer: regulariser of their biases.
+        activity_regularizer: regulariser of their outputs.
+        kernel_constraint: constraint on their kernels.
+        bias_constraint: constraint on their biases.
+        use_gate: whether a sigmoid projection of the query gates the output.
+        seed: seed of the dropout.
+        primal: a `keras_pdattn.Primal`, its name (`"softmax"`, `"batch_norm"`,
+            `"scaled_head"`, `"batch_norm_scaled_head"`) or its config.
+        **kwargs: `name`, `dtype` and `trainable`, as for any layer.
+
+    Call arguments:
+        query: tensor of shape `(batch, queries, width)`.
+        value: tensor of shape `(batch, keys, width)`.
+        key: tensor of shape `(batch, keys, width)`; `value` if `None`.
+        query_mask: boolean `(batch, queries)`, False for padding.
+        value_mask: boolean `(batch, keys)`, False for padding.
+        key_mask: boolean `(batch, keys)`, False for padding.
+        attention_mask: boolean `(queries, keys)`, `(batch, queries, keys)` or
+            `(batch, heads, queries, keys)`, sizes of 1 being broadcast; True
+            lets a query see a key.
+        return_attention_scores: whether to return the scores too.
+        training: whether dropout is active.
+        use_causal_mask: whether query `i` sees keys `0` to `i` only.
+
+    Returns:
+        The output, `(batch, queries, width)`; with `return_attention_scores`
+        also the scores, `(batch, heads, queries, keys)`, each row summing to 1,
+        or to 0 where the query sees nothing.
+
+    Raises:
+        ValueError: if an argument is out of its range; if inputs have the wrong
+            rank, dtype or width, or don't fit each other; if a mask does not fit
+            or is an additive float mask.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_pdattn
+
+    inputs = keras.Input((None, 32))
+    outputs = keras_pdattn.layers.PrimalDualAttention(
+        num_heads=4, key_dim=8, primal="batch_norm"
+    )(inputs, inputs)
+    model = keras.Model(inputs, outputs)
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781).
+    """
+
+    def __init__(
+        self,
+        num_heads,
+        key_dim,
+        value_dim=None,
+        dropout=0.0,
+        use_bias=True,
+        output_shape=None,
+        attention_axes=None,
+        sliding_window=None,
+        flash_attention=None,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        kernel_regularizer=None,
+        bias_regularizer=None,
+        activity_regularizer=None,
+        kernel_constraint=None,
+        bias_constraint=None,
+        use_gate=False,
+        seed=None,
+        primal="softmax",
+        **kwargs,
+    ):
+        validation.positive_int("num_heads", num_heads)
+        validation.positive_int("key_dim", key_dim)
+        if value_dim is not None:
+            validation.positive_int("value_dim", value_dim)
+        if sliding_window is not None:
+            validation.positive_int("sliding_window", sliding_window)
+        validation.real("dropout", dropout, "a number in [0, 1)", lambda value: 0 <= value < 1)
+        super().__init__(
+            num_heads=num_heads,
+            key_dim=key_dim,
+            value_dim=value_dim,
+            dropout=dropout,
+            use_bias=use_bias,
+            output_shape=output_shape,
+            attention_axes=attention_axes,
+            sliding_window=sliding_window,
+            flash_attention=flash_attention,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            kernel_regularizer=kernel_regularizer,
+            bias_regularizer=bias_regularizer,
+            activity_regularizer=activity_regularizer,
+            kernel_constraint=kernel_constraint,
+            bias_constraint=bias_constraint,
+            use_gate=use_gate,
+            seed=seed,
+            **kwargs,
+        )
+        self.flash_attention = flash_attention
+        self.primal = primals.get(primal)
+        # Asks early whether the training set has work for this many heads.
+        self.primal.training_set.groups(num_heads)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "flash_attention": self.flash_attention,
+            "primal": primals.serialize(self.primal),
+        }
+
+    def build(self, query_shape, value_shape, key_shape=None):
+        shapes = {
+            "query": tuple(query_shape),
+            "value": tuple(value_shape),
+            "key": tuple(value_shape if key_shape is None else key_shape),
+        }
+        self._check_shapes(shapes)
+        if self.built:
+            return
+        super().build(query_shape, value_shape, key_shape)
+        self._widths = {name: shape[-1] for name, shape in shapes.items()}
+        self._axes = AttendedAxes.of(len(query_shape), self._attention_axes)
+        # Made last: the projections keep their places among the weights.
+        self._transform_weights = TransformWeights(
+            self.primal.transform, dtype=self.dtype_policy, name="primal"
+        )
+        self._transform_weights.build((self._num_heads, self._key_dim))
+
+    def _check_shapes(self, shapes):
+        input_checks.check_shapes(**shapes)
+        input_checks.check_axes(self._attention_axes, shapes["query"], shapes["value"])
+        input_checks.check_widths(self._widths if self.built else None, **shapes)
+
+    def _check_call(self, query, value, key, return_attention_scores):
+        tensors = {"query": query, "value": value, "key": key}
+        input_checks.check_tensors(**tensors)
+        self._check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        if self._flash_attention and return_attention_scores:
+            raise ValueError(
+                "Returning attention scores is not supported when flash attention is enabled. "
+                "Please disable flash attention to access attention scores. "
+                f"Received: flash_attention={self.flash_attention}"
+            )
+
+    def call(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        key = value if key is None else key
+        self._check_call(query, value, key, return_attention_scores)
+        attention_mask, context = self._visibility(
+            query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
+        )
+        with detached_masks(query, value, key):
+            gate = self._gate_dense(query) if self._use_gate else None
+            projected = (self._query_dense(query), self._key_dense(key), self._value_dense(value))
+        output, scores = self._compute_attention(
+            *projected, attention_mask, training, return_attention_scores, **context
+        )
+        output = self._output_dense(output if gate is None else output * gate)
+        if query_mask is not None:
+            attach_mask(output, query_mask)
+        return (output, scores) if return_attention_scores else output
+
+    def _visibility(
+        self, query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
+    ):
+        """What limits each query: the mask that `_compute_attention` gets, and its keywords."""
+        overridden = type(self)._compute_attention is not PrimalDualAttention._compute_attention
+        if overridden and self.primal == primals.get("softmax"):
+            # Written for Keras, it may know of one mask only, in which all are merged.
+            merged = self._compute_attention_mask(
+                query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
+            )
+            return merged, {}
+        context = {}
+        if use_causal_mask:
+            context["use_causal_mask"] = True
+        if query_mask is not None:
+            context["query_mask"] = self._axes.padding("query_mask", query_mask, query)
+        if value_mask is not None:
+            context["key_mask"] = self._axes.padding("value_mask", value_mask, value)
+        if key_mask is not None:
+            key_mask = self._axes.padding("key_mask", key_mask, value)
+            context["key_mask"] = masks.intersect(context.get("key_mask"), key_mask)
+        return attention_mask, context
+
+    def _compute_attention(
+        self,
+        query,
+        key,
+        value,
+        attention_mask=None,
+        training=None,
+        return_attention_scores=False,
+        use_causal_mask=False,
+        query_mask=None,
+        key_mask=None,
+    ):
+        """Attention of projected queries, keys and values; the hook that Keras documents.
+
+        A subclass that overrides it gets, where `primal` is `"softmax"`, all
+        masks merged in `attention_mask`; for other primals, whose statistics
+        and windows need to tell them apart, the keywords that are in use.
+
+        Args:
+            query: tensor of shape `(batch, ..., heads, key_dim)`.
+            key: tensor of shape `(batch, ..., heads, key_dim)`.
+            value: tensor of shape `(batch, ..., heads, value_dim)`.
+            attention_mask: as in `call`.
+            training: as in `call`.
+            return_attention_scores: as in `call`.
+            use_causal_mask: as in `call`.
+            query_mask: boolean `(batch, queries)`, for several axes flattened.
+            key_mask: boolean `(batch, keys)`, likewise.
+
+        Returns:
+            `(output, scores)`; the scores are `None` unless asked for.
+        """
+        if attention_mask is not None:
+            attention_mask = self._axes.attention_mask(
+                attention_mask, query, value, self._num_heads
+            )
+
+        def dropout(weights):
+            return self._dropout_layer(weights, training=training)
+
+        result = ops.attention(
+            self._axes.to_sequence(query),
+            self._axes.to_sequence(key),
+            self._axes.to_sequence(value),
+            self.primal,
+            mask=attention_mask,
+            key_mask=key_mask,
+            is_causal=use_causal_mask,
+            query_mask=query_mask,
+            sliding_window=self._sliding_window,
+            weights=self._transform_weights.by_transform,
+            dropout=dropout if self._dropout > 0 and training else None,
+            return_scores=return_attention_scores,
+            flash_attention=self._flash_attention,
+        )
+        output, scores = result if return_attention_scores else (result, None)
+        output = self._axes.from_sequence(output, query)
+        if return_attention_scores:
+            scores = self._axes.scores_from_sequence(scores, query, value)
+        return output, scores
+
+    def compute_output_spec(
+        self,
+        query,
+        value,
+        key=None,
+        query_mask=None,
+        value_mask=None,
+        key_mask=None,
+        attention_mask=None,
+        return_attention_scores=False,
+        training=None,
+        use_causal_mask=False,
+    ):
+        key = value if key is None else key
+        self._check_call(query, value, key, return_attention_scores)
+        output = keras.KerasTensor(
+            self.compute_output_shape(query.shape, value.shape, key.shape),
+            dtype=self.compute_dtype,
+        )
+        if not return_attention_scores:
+            return output
+        shape = self._axes.scores_shape(query.shape, value.shape, self._num_heads)
+        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)

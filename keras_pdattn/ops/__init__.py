@@ -1,0 +1,5 @@
+"""Stateless maths on `(batch, time, heads, depth)`, the layout of `keras.ops.dot_product_attention`."""
+
+from keras_pdattn.ops.attention import attention
+
+__all__ = ["attention"]

@@ -1,0 +1,98 @@
+"""Mean and variance over a training set, whole or prefix by prefix.
+
+All of it is carried in float32 or wider, and no formula subtracts two large
+numbers: keys whose mean is many times their spread keep their variance.
+"""
+
+from keras import ops
+
+from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time
+
+
+def moments(x, mask=None):
+    """Mean and biased variance of each feature over time.
+
+    Args:
+        x: tensor of shape `(batch, time, heads, depth)`.
+        mask: boolean `(batch, time)`, or `None`; False is left out.
+
+    Returns:
+        `(mean, variance)`, each `(batch, 1, heads, depth)`, zero where `mask`
+        leaves nothing.
+    """
+    x = widen(x)
+    if mask is None:
+        mean = ops.mean(x, axis=1, keepdims=True)
+        return mean, ops.mean(ops.square(x - mean), axis=1, keepdims=True)
+    weight = append_axes(ops.cast(mask, x.dtype), 2)
+    count = ops.maximum(ops.sum(weight, axis=1, keepdims=True), 1)
+    mean = ops.sum(x * weight, axis=1, keepdims=True) / count
+    variance = ops.sum(ops.square(x - mean) * weight, axis=1, keepdims=True) / count
+    return mean, variance
+
+
+def origin(x, mask=None):
+    """The first valid example, `(batch, 1, heads, depth)`, as a constant.
+
+    Every non-empty prefix holds it, so centring on it looks at nobody's future.
+    """
+    if mask is None:
+        first = x[:, :1]
+    else:
+        first = take_along_time(x, ops.expand_dims(first_valid(mask), axis=-1))
+    return ops.stop_gradient(widen(first))
+
+
+def prefix_moments(x, limit, mask=None):
+    """Count, mean and sum of squared deviations of the prefixes `x[:, :limit]`.
+
+    Welford's recurrence, with the running means from a cumulative sum: every
+    term that enters the squared deviations is non-negative.
+
+    Args:
+        x: tensor of shape `(batch, time, heads, depth)`, centred by the caller.
+        limit: integer tensor `(queries,)` or `(batch, queries)`, the lengths of
+            the prefixes, 0 to time.
+        mask: boolean `(batch, time)`, or `None`; False is left out.
+
+    Returns:
+        `(count, mean, squares)`: `(batch or 1, queries, 1, 1)` and twice
+        `(batch, queries, heads, depth)`; variance is `squares / count`.
+    """
+    x = widen(x)
+    weight = ops.ones_like(x[:1, :, 0, 0]) if mask is None else ops.cast(mask, x.dtype)
+    weight = append_axes(weight, 2)
+    count = ops.cumsum(weight, axis=1)
+    mean = ops.cumsum(x * weight, axis=1) / ops.maximum(count, 1)
+    deviation = x - _delay(mean)
+    share = weight * (count - weight) / ops.maximum(count, 1)
+    squares = ops.cumsum(share * ops.square(deviation), axis=1)
+    return tuple(take_along_time(_lead_with_zero(y), limit) for y in (count, mean, squares))
+
+
+def append_example(moments_before, x, mask=None):
+    """Adds one example to each query's `(count, mean, squares)` of `prefix_moments`.
+
+    Args:
+        moments_before: `(count, mean, squares)`.
+        x: tensor `(batch, queries, heads, depth)`, the example of each query.
+        mask: boolean `(batch, queries)`, or `None`; False adds nothing.
+    """
+    count, mean, squares = moments_before
+    x = widen(x)
+    weight = ops.ones_like(count) if mask is None else append_axes(ops.cast(mask, x.dtype), 2)
+    total = count + weight
+    share = weight / ops.maximum(total, 1)
+    deviation = x - mean
+    return total, mean + share * deviation, squares + count * share * ops.square(deviation)
+
+
+def _lead_with_zero(x):
+    """Puts the empty prefix in front of `x` along time."""
+    return ops.pad(x, [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))
+
+
+def _delay(x):
+    """Shifts `x` one step later along time, a zero coming in."""
+    return _lead_with_zero(x)[:, :-1]

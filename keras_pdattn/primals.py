@@ -1,0 +1,121 @@
+"""Primal problems: an attention mechanism as a choice of feature map, transform and training set."""
+
+import dataclasses
+
+import keras
+
+from keras_pdattn import descriptions, feature_maps, training_sets, transforms
+from keras_pdattn.feature_maps import FeatureMap
+from keras_pdattn.training_sets import TrainingSet
+from keras_pdattn.transforms import Transform
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class Primal(descriptions.Description):
+    r"""The primal problem whose support vector expansion is an attention layer.
+
+    Support vector regression of the values on the keys, with the neural-network
+    layer
+
+    \[ f(x) = W\,\Phi(T(x)) / h(T(x)) + b \]
+
+    as its model, has the solution
+
+    \[ f(x) = \sum_{j \in S} v_j\, \Phi(T(x))^\top \Phi(T(k_j)) / h(T(x)) + b, \qquad
+       h(x) = \sum_{j \in S} \Phi(x)^\top \Phi(T(k_j)) \]
+
+    which with \(b = 0\) is attention. Choosing \(\Phi\), \(T\) and \(S\) chooses the
+    attention mechanism. A `Primal` is an immutable description: it holds no
+    weights, and layers that are given the same one share nothing.
+
+    | paper | here |
+    |---|---|
+    | \(\Phi\), \(\kappa\) | `feature_map` |
+    | \(T\) | `transform`, a list being applied in order |
+    | \(S\) | `training_set` |
+
+    Args:
+        feature_map: a `FeatureMap`, its name or config.
+        transform: a `Transform`, its name or config, a list of these, or `None`.
+        training_set: a `TrainingSet`, its name or config, or `None` for all keys.
+
+    Raises:
+        ValueError: if an argument stands for no such member.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, training_sets
+
+    primal = Primal(
+        transform="batch_norm",
+        training_set=training_sets.ScaledHeads(scales=(1, 2)),
+    )
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781).
+    """
+
+    feature_map: FeatureMap = "softmax"
+    transform: tuple[Transform, ...] = None
+    training_set: TrainingSet = None
+
+    def __post_init__(self):
+        transform = () if self.transform is None else self.transform
+        if not isinstance(transform, (list, tuple)):
+            transform = (transform,)
+        training_set = "all_keys" if self.training_set is None else self.training_set
+        object.__setattr__(self, "feature_map", feature_maps.get(self.feature_map))
+        object.__setattr__(self, "transform", tuple(transforms.get(one) for one in transform))
+        object.__setattr__(self, "training_set", training_sets.get(training_set))
+
+    def get_config(self):
+        return {
+            "feature_map": feature_maps.serialize(self.feature_map),
+            "transform": [transforms.serialize(one) for one in self.transform],
+            "training_set": training_sets.serialize(self.training_set),
+        }
+
+
+_registry = descriptions.Registry(
+    "primal problem",
+    Primal,
+    {
+        "softmax": Primal(),
+        "batch_norm": Primal(transform="batch_norm"),
+        "scaled_head": Primal(training_set="scaled_heads"),
+        "batch_norm_scaled_head": Primal(transform="batch_norm", training_set="scaled_heads"),
+    },
+)
+
+
+def get(identifier):
+    """Returns the `Primal` that a name, config dict or instance stands for.
+
+    Args:
+        identifier: `"softmax"`, `"batch_norm"`, `"scaled_head"`,
+            `"batch_norm_scaled_head"`, a config dict of a `Primal` (with or
+            without its class name), or a `Primal`.
+
+    Raises:
+        ValueError: if it stands for none; lists the names.
+
+    Example:
+
+    ```python
+    from keras_pdattn import primals
+
+    primals.get("batch_norm").transform  # (BatchNorm(epsilon=1e-05, ...),)
+    ```
+    """
+    if isinstance(identifier, dict) and "class_name" not in identifier:
+        return Primal.from_config(identifier)
+    return _registry.get(identifier)
+
+
+def serialize(primal):
+    """Returns the config dict of a `Primal`, which `get` and Keras read back."""
+    return descriptions.serialize(primal)

@@ -1,0 +1,204 @@
+"""Training sets: the choice of S, what each head and each query is fitted on."""
+
+import dataclasses
+
+import keras
+
+from keras_pdattn import descriptions, validation
+from keras_pdattn.ops import pooling
+
+
+class TrainingSet(descriptions.Description):
+    """The examples that heads are fitted on; all keys unless a subclass selects.
+
+    A subclass gives `select`; if heads differ, also `groups`.
+
+    Example:
+
+    ```python
+    import dataclasses
+
+    import keras
+    from keras import ops
+    from keras_pdattn import Primal
+    from keras_pdattn.training_sets import TrainingSet
+
+    @keras.saving.register_keras_serializable(package="my_package")
+    class EvenKeys(TrainingSet):
+        def select(self, keys, query_length):
+            even = ops.arange(ops.shape(keys.key)[1]) % 2 == 0
+            even = ops.expand_dims(even, axis=0)
+            mask = even if keys.mask is None else ops.logical_and(keys.mask, even)
+            mask = ops.broadcast_to(mask, ops.shape(keys.key)[:2])
+            return dataclasses.replace(keys, mask=mask)
+
+    Primal(training_set=EvenKeys())
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781).
+    """
+
+    def groups(self, num_heads):
+        """Divides the heads into groups that share a training set.
+
+        Args:
+            num_heads: number of heads.
+
+        Returns:
+            List of `(heads, training_set)`, each a slice of the heads in order
+            and a `TrainingSet` for them.
+
+        Raises:
+            ValueError: if there are too few heads.
+        """
+        return [(slice(0, num_heads), self)]
+
+    def select(self, keys, query_length):
+        """Makes the training set from the keys of a group.
+
+        Args:
+            keys: `ops.examples.Examples` that are the keys themselves.
+            query_length: the number of queries.
+
+        Returns:
+            The `ops.examples.Examples` to fit on.
+        """
+        return keys
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class AllKeys(TrainingSet):
+    """Every head is fitted on all keys, the training set of softmax and linear attention.
+
+    Masking: padding and attention masks leave keys out. Causal use: the keys up
+    to the query's position.
+
+    Cost: queries times keys products per head.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, training_sets
+
+    Primal(training_set=training_sets.AllKeys()) == Primal("softmax")  # True
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781).
+    """
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class ScaledHeads(TrainingSet):
+    r"""Every head is fitted on its own down-sampled keys, the training set of Attention-SH.
+
+    A head of scale \(s\) is fitted on \(N_s = \lceil N / s \rceil\) examples, the
+    keys and values averaged in windows \(\mathcal{W}_m\) of \(s\):
+
+    \[ \bar k_m = \frac{1}{|\mathcal{W}_m|}\sum_{j\in\mathcal{W}_m} k_j, \qquad
+       \bar v_m = \frac{1}{|\mathcal{W}_m|}\sum_{j\in\mathcal{W}_m} v_j \]
+
+    The heads fall into contiguous groups, as even as possible and in order, one
+    per scale. Scores are those of the keys: a window's weight is shared evenly
+    among its members.
+
+    Masking: padded keys are in no mean, and a window of nothing else is masked.
+    Windows are laid from the first valid key, so padding in front or behind
+    changes nothing. An attention mask leaves a window visible to a query that
+    sees all its valid members. Causal use: the windows that are complete at the
+    query's position, and the mean of the current one up to there.
+
+    Cost: \(1/s\) of the products of all keys; 0.469 of them for scales
+    1, 2, 4 and 8 in equal shares.
+
+    Args:
+        scales: sequence of positive integers, one for each group of heads.
+        reduction: `"mean"`, or `"first"` to take the first valid member of each
+            window (plain subsampling).
+
+    Raises:
+        ValueError: if a scale is not a positive integer, if there are none, if
+            there are more than heads, or if `reduction` is neither.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, training_sets
+
+    Primal(training_set=training_sets.ScaledHeads(scales=(1, 2)))
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781), Attention-SH.
+    """
+
+    scales: tuple = (1, 2, 4, 8)
+    reduction: str = "mean"
+
+    def __post_init__(self):
+        if not isinstance(self.scales, (tuple, list)) or not self.scales:
+            raise ValueError(
+                "`scales` must be a non-empty sequence of positive integers. "
+                f"Received: scales={self.scales!r}"
+            )
+        scales = tuple(validation.positive_int("scales", scale) for scale in self.scales)
+        object.__setattr__(self, "scales", scales)
+        if self.reduction not in ("mean", "first"):
+            raise ValueError(
+                f"`reduction` must be 'mean' or 'first'. Received: reduction={self.reduction!r}"
+            )
+
+    def groups(self, num_heads):
+        if len(self.scales) > num_heads:
+            raise ValueError(
+                "There must be at least one head for each scale. "
+                f"Received: num_heads={num_heads}, scales={self.scales}"
+            )
+        size, larger = divmod(num_heads, len(self.scales))
+        groups, start = [], 0
+        for index, scale in enumerate(self.scales):
+            stop = start + size + (index < larger)
+            training_set = AllKeys() if scale == 1 else _PooledKeys(scale, self.reduction)
+            groups.append((slice(start, stop), training_set))
+            start = stop
+        return groups
+
+
+@dataclasses.dataclass(frozen=True)
+class _PooledKeys(TrainingSet):
+    """The training set of one group of `ScaledHeads`."""
+
+    scale: int
+    reduction: str
+
+    def select(self, keys, query_length):
+        return pooling.pooled_examples(keys, query_length, self.scale, self.reduction)
+
+
+_registry = descriptions.Registry(
+    "training set", TrainingSet, {"all_keys": AllKeys(), "scaled_heads": ScaledHeads()}
+)
+
+
+def get(identifier):
+    """Returns the training set that a name, config dict, class or instance stands for.
+
+    Args:
+        identifier: `"all_keys"`, `"scaled_heads"`, the registered name of a
+            class, a config dict, a `TrainingSet` or a subclass of it.
+
+    Raises:
+        ValueError: if it stands for none; lists the names.
+    """
+    return _registry.get(identifier)
+
+
+def serialize(training_set):
+    """Returns the config dict of a training set; see `get`."""
+    return descriptions.serialize(training_set)

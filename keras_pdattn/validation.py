@@ -1,0 +1,34 @@
+"""Checks of arguments, raised early and worded the same on every backend."""
+
+import numbers
+
+
+def positive_int(name, value):
+    """Returns `value` if it is an integer above zero (and not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value <= 0:
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected a "
+            f"positive integer. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def real(name, value, expected, accepts):
+    """Returns `value` as a float if it is a real number that `accepts` takes."""
+    is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not is_real or not accepts(value):
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected "
+            f"{expected}. Received: {name}={value!r}"
+        )
+    return float(value)
+
+
+def boolean(name, value):
+    """Returns `value` if it is a Python bool."""
+    if not isinstance(value, bool):
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected a "
+            f"bool. Received: {name}={value!r}"
+        )
+    return value
