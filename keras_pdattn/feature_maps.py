@@ -3,7 +3,6 @@
 import dataclasses
 
 import keras
-from keras import ops
 
 from keras_pdattn import descriptions
 from keras_pdattn.ops import kernels

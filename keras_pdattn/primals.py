@@ -1,4 +1,4 @@
-"""Primal problems: an attention mechanism as a choice of feature map, transform and training set."""
+"""Primal problems: attention as a choice of feature map, transform and training set."""
 
 import dataclasses
 

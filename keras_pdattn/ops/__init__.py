@@ -1,4 +1,7 @@
-"""Stateless maths on `(batch, time, heads, depth)`, the layout of `keras.ops.dot_product_attention`."""
+"""Stateless maths on `(batch, time, heads, depth)`.
+
+That is the layout of `keras.ops.dot_product_attention`.
+"""
 
 from keras_pdattn.ops.attention import attention
 

@@ -5,7 +5,6 @@ import dataclasses
 from keras import ops
 
 from keras_pdattn.ops import masks
-from keras_pdattn.ops.dtypes import widen
 from keras_pdattn.ops.examples import Examples
 from keras_pdattn.ops.kernels import in_output_layout
 
@@ -97,6 +96,8 @@ def attention(
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     masks.check_shapes(query, key, value)
     num_heads, query_length, key_length = query.shape[2], ops.shape(query)[1], ops.shape(key)[1]
+    if key.shape[1] == 0:
+        return _nothing_to_see(query, value, return_scores)
     groups = primal.training_set.groups(num_heads)
     if query_mask is not None:
         query_mask = masks.padding("query_mask", query_mask, query)
@@ -138,6 +139,14 @@ def attention(
     if query_mask is not None:
         scores = ops.where(ops.expand_dims(rows, axis=-1), scores, 0.0)
     return output, ops.cast(scores, value.dtype)
+
+
+def _nothing_to_see(query, value, return_scores):
+    """The output, and scores, of queries without a single key."""
+    batch, length, num_heads, _ = ops.shape(query)
+    output = ops.zeros((batch, length, num_heads, value.shape[3]), dtype=value.dtype)
+    scores = ops.zeros((batch, num_heads, length, 0), dtype=value.dtype)
+    return (output, scores) if return_scores else output
 
 
 def _zero_padding(x, mask):

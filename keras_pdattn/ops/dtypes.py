@@ -10,9 +10,31 @@ def accumulator(dtype):
     Statistics, normalisers and softmaxes are summed in this dtype: in 16 bits
     a running sum of ones stalls at 256 (bfloat16) or 2,048 (float16).
     """
-    return keras.backend.result_type(dtype, "float32")
+    return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
 
 
 def widen(x):
     """Casts `x` to its accumulator dtype."""
     return ops.cast(x, accumulator(x.dtype))
+
+
+def is_double(dtype):
+    """Whether `dtype` is float64, which several ops of Keras compute in float32."""
+    return accumulator(dtype) == "float64"
+
+
+def cumulative_sum(x, axis):
+    """`keras.ops.cumsum` in the dtype of `x`, float64 included."""
+    total = ops.cumsum(x, axis=axis)
+    if total.dtype == x.dtype:
+        return total
+    # Keras took float64 for float32 on this backend: double the reach of each
+    # partial sum instead, until it is the length.
+    reach = 1
+    while reach < x.shape[axis]:
+        shape = list(x.shape)
+        shape[axis] = reach
+        kept = ops.take(x, ops.arange(x.shape[axis] - reach, dtype="int32"), axis=axis)
+        x = x + ops.concatenate([ops.zeros(shape, dtype=x.dtype), kept], axis=axis)
+        reach *= 2
+    return x

@@ -6,6 +6,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_pdattn.ops import masks
 from keras_pdattn.ops.indexing import append_axes, first_valid
 
 
@@ -60,23 +61,18 @@ class Examples:
         return dataclasses.replace(self, key=function(self.key), own=own)
 
     def visibility(self):
-        """Boolean broadcastable to `(B, H, T, M)`, True where a query sees an example; or `None`."""
+        """Boolean broadcastable to `(B, H, T, M)`: which query sees which example; or `None`."""
         seen = self._restrictions()
         if self.is_causal:
             earlier = ops.arange(ops.shape(self.key)[1], dtype="int32") < append_axes(self.limit, 1)
-            rank = len(earlier.shape)
-            earlier = ops.expand_dims(earlier, axis=(0, 1) if rank == 2 else 1)
-            seen = earlier if seen is None else ops.logical_and(seen, earlier)
+            earlier = ops.expand_dims(earlier, axis=(0, 1) if len(earlier.shape) == 2 else 1)
+            seen = masks.intersect(seen, earlier)
         return seen
 
     def _restrictions(self):
         """`visibility()` but for causality."""
-        padding = None
-        if self.mask is not None:
-            padding = ops.expand_dims(self.mask, axis=(1, 2))
-        if padding is None or self.visible is None:
-            return self.visible if padding is None else padding
-        return ops.logical_and(padding, self.visible)
+        padding = None if self.mask is None else ops.expand_dims(self.mask, axis=(1, 2))
+        return masks.intersect(padding, self.visible)
 
     def kernel_mask(self):
         """`visibility()` less what an `is_triangular` flag says already."""
@@ -116,7 +112,5 @@ class OwnExample:
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T)`; or `None`."""
-        if self.mask is None:
-            return self.visible
-        mask = ops.expand_dims(self.mask, axis=1)
-        return mask if self.visible is None else ops.logical_and(mask, self.visible)
+        padding = None if self.mask is None else ops.expand_dims(self.mask, axis=1)
+        return masks.intersect(padding, self.visible)

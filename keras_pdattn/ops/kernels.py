@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.dtypes import is_double, widen
 
 
 def masked_softmax(logits, visible=None):
@@ -75,7 +75,9 @@ def _append_own(products, visible, query, own):
 
 
 def has_fused_softmax(key, value):
-    """Whether the backend's kernel takes keys and values of these depths."""
+    """Whether the backend's kernel takes these depths and keeps this dtype."""
+    if is_double(value.dtype):
+        return False
     return keras.backend.backend() != "jax" or key.shape[-1] == value.shape[-1]
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_pdattn.ops.dtypes import accumulator
+from keras_pdattn.ops.dtypes import accumulator, cumulative_sum
 from keras_pdattn.ops.examples import Examples, OwnExample
 from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time
 
@@ -86,7 +86,7 @@ class Windows:
             windows = cls(scale, ops.ones((1, length), dtype=dtype))
         else:
             start = first_valid(mask)
-            inside = ops.expand_dims(start, axis=1) + ops.arange(length, dtype="int32") < length
+            inside = ops.arange(length, dtype="int32") < length - ops.expand_dims(start, axis=1)
             aligned = cls(scale, inside, start).align(mask)
             windows = cls(scale, ops.cast(ops.logical_and(aligned, inside), dtype), start)
         if reduction == "first":
@@ -101,18 +101,16 @@ class Windows:
 
     def align(self, x):
         """Reads `x`, `(B, S, ...)` by position, by step; beyond the end it repeats."""
-        if self.start is None:
-            return x
-        position = ops.expand_dims(self.start, axis=1) + ops.arange(self.length, dtype="int32")
-        return take_along_time(x, ops.minimum(position, self.length - 1))
+        return x if self.start is None else take_along_time(x, self._positions())
 
     def align_last(self, x):
         """`align` for `x` of shape `(b, h, t, S)`."""
-        if self.start is None:
-            return x
+        return x if self.start is None else _take_along_last(x, self._positions())
+
+    def _positions(self):
+        """The position of each step, `(B, S)`; beyond the end, the last."""
         position = ops.expand_dims(self.start, axis=1) + ops.arange(self.length, dtype="int32")
-        position = ops.minimum(position, self.length - 1)
-        return _take_along_last(x, position)
+        return ops.minimum(position, self.length - 1)
 
     def split(self, x):
         """Cuts `x`, `(B, S, ...)`, into `(B, M, scale, ...)`, zeros filling the last window."""
@@ -134,7 +132,7 @@ class Windows:
 
     def running_counts(self):
         """The number of members of its window up to each step, `(B or 1, S)`."""
-        return self.join(ops.cumsum(self.split(self.member), axis=2))
+        return self.join(cumulative_sum(self.split(self.member), axis=2))
 
     def mean(self, x):
         """The mean of each window's members; `(B, S, H, D)` by step to `(B, M, H, D)`."""
@@ -143,7 +141,7 @@ class Windows:
 
     def running_mean(self, x):
         """The mean of the members of its window up to each step; `(B, S, H, D)` by step."""
-        total = self.join(ops.cumsum(self.split(self._members(x)), axis=2))
+        total = self.join(cumulative_sum(self.split(self._members(x)), axis=2))
         return ops.cast(total / append_axes(ops.maximum(self.running_counts(), 1), 2), x.dtype)
 
     def _members(self, x):

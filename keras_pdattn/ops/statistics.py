@@ -6,7 +6,7 @@ numbers: keys whose mean is many times their spread keep their variance.
 
 from keras import ops
 
-from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.dtypes import cumulative_sum, widen
 from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time
 
 
@@ -23,8 +23,10 @@ def moments(x, mask=None):
     """
     x = widen(x)
     if mask is None:
-        mean = ops.mean(x, axis=1, keepdims=True)
-        return mean, ops.mean(ops.square(x - mean), axis=1, keepdims=True)
+        # Not `ops.mean`, which computes float64 in float32 on some backends.
+        count = ops.cast(ops.maximum(ops.shape(x)[1], 1), x.dtype)
+        mean = ops.sum(x, axis=1, keepdims=True) / count
+        return mean, ops.sum(ops.square(x - mean), axis=1, keepdims=True) / count
     weight = append_axes(ops.cast(mask, x.dtype), 2)
     count = ops.maximum(ops.sum(weight, axis=1, keepdims=True), 1)
     mean = ops.sum(x * weight, axis=1, keepdims=True) / count
@@ -63,11 +65,11 @@ def prefix_moments(x, limit, mask=None):
     x = widen(x)
     weight = ops.ones_like(x[:1, :, 0, 0]) if mask is None else ops.cast(mask, x.dtype)
     weight = append_axes(weight, 2)
-    count = ops.cumsum(weight, axis=1)
-    mean = ops.cumsum(x * weight, axis=1) / ops.maximum(count, 1)
+    count = cumulative_sum(weight, axis=1)
+    mean = cumulative_sum(x * weight, axis=1) / ops.maximum(count, 1)
     deviation = x - _delay(mean)
     share = weight * (count - weight) / ops.maximum(count, 1)
-    squares = ops.cumsum(share * ops.square(deviation), axis=1)
+    squares = cumulative_sum(share * ops.square(deviation), axis=1)
     return tuple(take_along_time(_lead_with_zero(y), limit) for y in (count, mean, squares))
 
 

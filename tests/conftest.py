@@ -1,0 +1,30 @@
+"""One backend a run, named by `KERAS_BACKEND`; deterministic examples, a larger set for `slow`."""
+
+import os
+
+import keras
+import pytest
+from hypothesis import HealthCheck, settings
+
+# JAX compiles every op for every shape, which leaves less time for examples.
+settings.register_profile(
+    "default",
+    max_examples=4 if keras.backend.backend() == "jax" else 12,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.register_profile("thorough", parent=settings.get_profile("default"), max_examples=200)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+def pytest_report_header():
+    return f"keras {keras.__version__} on {keras.backend.backend()}"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Starts every test from one seed, and leaves no model behind."""
+    keras.utils.set_random_seed(0)
+    yield
+    keras.utils.clear_session()

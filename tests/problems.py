@@ -1,0 +1,108 @@
+"""Random attention problems: shapes, masks and values for hypothesis to search through."""
+
+import dataclasses
+
+import backends
+import numpy as np
+import reference
+from hypothesis import settings
+from hypothesis import strategies as st
+
+from keras_pdattn import ops
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """Arrays for `ops.attention` and for the oracle, which take the same arguments."""
+
+    query: np.ndarray
+    key: np.ndarray
+    value: np.ndarray
+    options: dict
+
+    @property
+    def arrays(self):
+        return self.query, self.key, self.value
+
+    def replace(self, **changes):
+        """Another problem: `query`, `key` and `value` are arrays, the rest options."""
+        arrays = {name: changes.pop(name) for name in ("query", "key", "value") if name in changes}
+        return dataclasses.replace(self, **arrays, options={**self.options, **changes})
+
+    def cast(self, dtype):
+        query, key, value = (x.astype(dtype) for x in self.arrays)
+        return self.replace(query=query, key=key, value=value)
+
+    def solve(self, member, **options):
+        """Our output (and scores, if asked for) as float64 arrays."""
+        result = ops.attention(*self.arrays, member.primal, **self.options, **options)
+        if isinstance(result, tuple):
+            return tuple(backends.to_numpy(x) for x in result)
+        return backends.to_numpy(result)
+
+    def oracle(self, member):
+        """The oracle's output and scores."""
+        return reference.attention(*self.arrays, member.oracle, **self.options)
+
+    def tolerance(self, member):
+        """What the numbers chapter allows: 1e-5 in float32, 1e-12 in float64, of the output.
+
+        To that comes what the oracle itself moves by when its inputs are rounded
+        once: a prefix with hardly any spread has scores no precision can hold.
+        """
+        output, scores = self.oracle(member)
+        rng = np.random.default_rng(0)
+        step = np.finfo("float32").eps
+        moved = [x * (1 + step * rng.choice([-1, 1], x.shape)) for x in self.arrays[:2]]
+        moved_output, moved_scores = self.replace(query=moved[0], key=moved[1]).oracle(member)
+        moves = max(_largest(moved_output - output), _largest(moved_scores - scores))
+        dtype = self.query.dtype
+        relative = {"float32": 1e-5, "float64": 1e-12}[dtype.name]
+        rounding = moves * np.finfo(dtype).eps / step
+        return relative * max(1.0, _largest(output)) + 4 * rounding
+
+
+def _largest(x):
+    return np.abs(x).max(initial=0)
+
+
+#: `(batch, queries, keys, heads, depth, value depth)`. Few, as JAX compiles every
+#: op for every shape; the thorough profile draws any.
+SHAPES = [(2, 7, 7, 4, 4, 4), (2, 5, 9, 4, 4, 3), (2, 9, 4, 4, 4, 4)]
+
+
+def shapes():
+    if settings.get_current_profile_name() == "default":
+        return st.sampled_from(SHAPES)
+    length = st.integers(1, 17)
+    depth = st.integers(2, 9)
+    return st.tuples(st.integers(1, 3), length, length, st.integers(3, 5), depth, depth)
+
+
+@st.composite
+def problems(draw, self_attention=False, causal=(False, True), masked=True):
+    """Problems of many shapes with all kinds of masks; `T = S` if `self_attention`."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**16)))
+    batch, query_length, key_length, heads, depth, value_depth = draw(shapes())
+    query_length = key_length if self_attention else query_length
+    mean = draw(st.sampled_from([0.0, 3.0]))
+
+    def normal(length, depth):
+        return rng.normal(mean, 1.0, (batch, length, heads, depth)).astype("float32")
+
+    options = {"is_causal": draw(st.sampled_from(causal))}
+    if masked and draw(st.booleans()):
+        options["key_mask"] = rng.random((batch, key_length)) < 0.7
+    if masked and draw(st.booleans()):
+        options["query_mask"] = rng.random((batch, query_length)) < 0.7
+    if masked and draw(st.booleans()):
+        outer = draw(st.sampled_from([(batch, heads), (1, 1)]))
+        options["mask"] = rng.random(outer + (query_length, key_length)) < 0.8
+    if masked and draw(st.booleans()):
+        options["sliding_window"] = draw(st.sampled_from([1, 3, 6]))
+    return Problem(
+        normal(query_length, depth),
+        normal(key_length, depth),
+        normal(key_length, value_depth),
+        options,
+    )
