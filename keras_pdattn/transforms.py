@@ -212,6 +212,7 @@ class BatchNorm(Transform):
             )
         origin = statistics.origin(examples.key, examples.mask)
         centred = examples.with_keys(lambda key: widen(key) - origin)
+        centred = dataclasses.replace(centred, is_folded=True)
         moments = statistics.prefix_moments(centred.key, examples.limit, examples.mask)
         if centred.own is not None:
             moments = statistics.append_example(moments, centred.own.key, centred.own.mask)

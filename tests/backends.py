@@ -37,7 +37,7 @@ def compiled(function, dynamic=False):
         import torch
 
         torch._dynamo.reset()
-        return torch.compile(function, backend="aot_eager", dynamic=dynamic, fullgraph=True)
+        return torch.compile(function, backend="aot_eager", dynamic=dynamic)
     if BACKEND == "jax":
         import jax
 

@@ -2,6 +2,9 @@
 
 import os
 
+# JAX compiles every op for every shape; the tests wait for that, not for the ops.
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+
 import keras
 import pytest
 from hypothesis import HealthCheck, settings

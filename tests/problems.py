@@ -71,9 +71,9 @@ def _largest(x):
 SHAPES = [(2, 7, 7, 4, 4, 4), (2, 5, 9, 4, 4, 3), (2, 9, 4, 4, 4, 4)]
 
 
-def shapes():
+def shapes(self_attention):
     if settings.get_current_profile_name() == "default":
-        return st.sampled_from(SHAPES)
+        return st.sampled_from(SHAPES[:1] if self_attention else SHAPES)
     length = st.integers(1, 17)
     depth = st.integers(2, 9)
     return st.tuples(st.integers(1, 3), length, length, st.integers(3, 5), depth, depth)
@@ -83,7 +83,7 @@ def shapes():
 def problems(draw, self_attention=False, causal=(False, True), masked=True):
     """Problems of many shapes with all kinds of masks; `T = S` if `self_attention`."""
     rng = np.random.default_rng(draw(st.integers(0, 2**16)))
-    batch, query_length, key_length, heads, depth, value_depth = draw(shapes())
+    batch, query_length, key_length, heads, depth, value_depth = draw(shapes(self_attention))
     query_length = key_length if self_attention else query_length
     mean = draw(st.sampled_from([0.0, 3.0]))
 

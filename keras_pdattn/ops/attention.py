@@ -120,6 +120,11 @@ def attention(
         examples = training_set.select(_heads(keys, heads), query_length)
         queries, transformed = query[:, :, heads], examples
         for transform, its_weights in zip(primal.transform, weights):
+            if transformed.is_folded:
+                raise ValueError(
+                    "In a causal call, a transform with statistics must be the last. "
+                    f"Received: transform={primal.transform}"
+                )
             queries, transformed = transform(
                 queries, transformed, primal.feature_map, _of_heads(its_weights, heads)
             )

@@ -30,6 +30,8 @@ class Examples:
         spread: function that turns the weights of the examples, `(B, H, T, M)`,
             and of the own ones, `(B, H, T)` or `None`, into those of the keys,
             `(B, H, T, S)`.
+        is_folded: whether a transform has left part of what it does to the
+            keys to the queries, so that no other can come after it.
     """
 
     key: Any
@@ -40,6 +42,7 @@ class Examples:
     visible: Any = None
     own: Any = None
     spread: Callable = lambda weights, own_weights: weights
+    is_folded: bool = False
 
     @classmethod
     def keys(cls, key, value, query_length, mask=None, visible=None, is_causal=False):

@@ -100,6 +100,10 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     ):
         # TensorFlow multiplies before it scales, in 16 bits, and overflows.
         query, key = widen(query), widen(key)
+    if keras.backend.backend() == "torch" and flash_attention is None:
+        # Its kernel chooses flash attention by itself; Keras's way of asking
+        # beforehand would break the graph of `torch.compile`.
+        flash_attention = False
     output = ops.dot_product_attention(
         query,
         key,

@@ -1,0 +1,45 @@
+# Everything runs in a virtual environment of its own, made on first use.
+PYTHON ?= python3
+BACKEND ?= tensorflow
+VENV := .venv
+BIN := $(VENV)/bin
+BACKENDS := tensorflow jax torch
+PYTEST := $(BIN)/python -m pytest -n 2 -q
+
+.PHONY: help demo test test-slow $(BACKENDS:%=test-%) lint bench docs clean
+
+help:  ## Lists the targets.
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --constraint constraints.txt torch
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/.installed  ## Trains the members on JapaneseVowels; BACKEND=jax switches.
+	KERAS_BACKEND=$(BACKEND) $(BIN)/python examples/japanese_vowels.py
+
+test: $(BACKENDS:%=test-%)  ## Runs the tests on every backend.
+
+$(BACKENDS:%=test-%): test-%: $(VENV)/.installed
+	KERAS_BACKEND=$* $(PYTEST)
+
+test-slow: $(VENV)/.installed  ## Runs the thorough tests on every backend; takes hours.
+	for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend HYPOTHESIS_PROFILE=thorough $(PYTEST) -m 'slow or not slow' || exit 1; \
+	done
+
+lint: $(VENV)/.installed  ## Checks style.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+bench: $(VENV)/.installed  ## Measures the layers against keras.layers.MultiHeadAttention.
+	KERAS_BACKEND=$(BACKEND) $(BIN)/python -m benchmarks
+
+docs: $(VENV)/.installed  ## Builds the documentation into site/, warnings being errors.
+	KERAS_BACKEND=$(BACKEND) $(BIN)/mkdocs build --strict --quiet
+
+clean:  ## Removes what the targets made.
+	rm -rf $(VENV) site outputs .pytest_cache .hypothesis .ruff_cache
