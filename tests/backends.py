@@ -31,20 +31,30 @@ def gradients(function, arrays):
     return [x.numpy() for x in grads]
 
 
-def compiled(function, dynamic=False):
-    """`function` of tensors through the backend's compiler, lengths unknown if `dynamic`."""
+def compiled(function, shapes=None):
+    """`function` of tensors through the backend's compiler.
+
+    Args:
+        function: from tensors to tensors.
+        shapes: dict from the name of an argument to its shape, `None` where a
+            size is not known until the call; a mask is boolean.
+    """
     if BACKEND == "torch":
         import torch
 
         torch._dynamo.reset()
-        return torch.compile(function, backend="aot_eager", dynamic=dynamic)
+        return torch.compile(function, backend="eager", dynamic=shapes is not None)
     if BACKEND == "jax":
         import jax
 
         return jax.jit(function)
     import tensorflow as tf
 
-    return tf.function(function, reduce_retracing=dynamic)
+    if shapes is None:
+        return tf.function(function)
+    dtypes = {name: tf.bool if name == "mask" else tf.float32 for name in shapes}
+    signature = [tf.TensorSpec(shape, dtypes[name]) for name, shape in shapes.items()]
+    return tf.function(function, input_signature=signature)
 
 
 @contextlib.contextmanager

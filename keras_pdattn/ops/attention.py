@@ -1,9 +1,11 @@
 """Attention as the support vector expansion of a primal problem (theory: equation 2)."""
 
 import dataclasses
+import functools
 
 from keras import ops
 
+from keras_pdattn import validation
 from keras_pdattn.ops import masks
 from keras_pdattn.ops.examples import Examples
 from keras_pdattn.ops.kernels import in_output_layout
@@ -109,6 +111,7 @@ def attention(
         target = (query.shape[0], num_heads, query.shape[1], key.shape[1])
         mask = masks.broadcastable("mask", mask, target)
     if sliding_window is not None:
+        validation.positive_int("sliding_window", sliding_window)
         mask = masks.intersect(mask, masks.band(query_length, key_length, sliding_window))
     if weights is None:
         shape = (num_heads, key.shape[3])
@@ -128,6 +131,8 @@ def attention(
             queries, transformed = transform(
                 queries, transformed, primal.feature_map, _of_heads(its_weights, heads)
             )
+        dtype = queries.dtype
+        transformed = transformed.with_keys(functools.partial(ops.cast, dtype=dtype))
         output, group_weights, own_weights = primal.feature_map.attend(
             queries, transformed, dropout, return_scores, flash_attention
         )

@@ -23,7 +23,8 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         reduction: `"mean"`, or `"first"` to take each window's first valid key.
 
     Returns:
-        The pooled `Examples`.
+        The pooled `Examples`; their keys still in the wider dtype of sums, as
+        a transform may yet take a large mean off them.
     """
     windows = Windows.over(keys.key, keys.mask, scale, reduction)
     key, value = windows.align(keys.key), windows.align(keys.value)
@@ -31,7 +32,7 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
     padded = keys.mask is not None
     pooled = Examples(
         key=windows.mean(key),
-        value=windows.mean(value),
+        value=ops.cast(windows.mean(value), value.dtype),
         mask=windows.counts() > 0 if padded else None,
         visible=visible if visible is None else windows.whole(visible),
         spread=lambda weights, _: windows.spread(weights),
@@ -46,7 +47,7 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         mask = ops.logical_and(mask, steps >= 0)
     own = OwnExample(
         key=take_along_time(windows.running_mean(key), reached),
-        value=take_along_time(windows.running_mean(value), reached),
+        value=ops.cast(take_along_time(windows.running_mean(value), reached), value.dtype),
         mask=mask,
         visible=visible if visible is None else windows.whole_so_far(visible, steps),
     )
@@ -137,12 +138,12 @@ class Windows:
     def mean(self, x):
         """The mean of each window's members; `(B, S, H, D)` by step to `(B, M, H, D)`."""
         total = ops.sum(self.split(self._members(x)), axis=2)
-        return ops.cast(total / append_axes(ops.maximum(self.counts(), 1), 2), x.dtype)
+        return total / append_axes(ops.maximum(self.counts(), 1), 2)
 
     def running_mean(self, x):
         """The mean of the members of its window up to each step; `(B, S, H, D)` by step."""
         total = self.join(cumulative_sum(self.split(self._members(x)), axis=2))
-        return ops.cast(total / append_axes(ops.maximum(self.running_counts(), 1), 2), x.dtype)
+        return total / append_axes(ops.maximum(self.running_counts(), 1), 2)
 
     def _members(self, x):
         """`x`, wide enough to be summed, zero where it is no member."""

@@ -1,0 +1,268 @@
+"""Classifies speakers by their vowels with softmax, Attention-BN, Attention-SH and BN+SH.
+
+Trains the same small transformer four times on JapaneseVowels (UEA archive, 12 channels, series
+of 7 to 29 steps, 9 speakers), saves each model, reloads it in fresh processes under the other
+backends, and draws learning curves and attention maps.
+
+    KERAS_BACKEND=jax python examples/japanese_vowels.py
+    PRIMAL=batch_norm python examples/japanese_vowels.py
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import keras
+import matplotlib
+import numpy as np
+from aeon.datasets import load_japanese_vowels
+from keras import layers
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+import keras_pdattn
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt
+
+BACKENDS = ("tensorflow", "jax", "torch")
+PRIMALS = {
+    "softmax": "softmax",
+    "batch_norm": "Attention-BN",
+    "scaled_head": "Attention-SH",
+    "batch_norm_scaled_head": "Attention-BN+SH",
+}
+LONGEST = 29
+console = Console()
+
+
+def load(split):
+    """Series padded with zeros behind, `(series, steps, channels)`, and speakers `0` to `8`."""
+    series, speakers = load_japanese_vowels(split=split)
+    padded = np.zeros((len(series), LONGEST, 12), "float32")
+    for row, one in zip(padded, series):
+        row[: one.shape[1]] = one.T
+    return padded, speakers.astype("int32") - 1
+
+
+def build(primal, width=64, num_heads=8, num_blocks=2):
+    """A transformer encoder whose attention solves `primal`; padding is masked throughout."""
+    inputs = keras.Input((None, 12))
+    x = layers.Masking()(inputs)
+    x = layers.Dense(width)(x)
+    for block in range(num_blocks):
+        attention = keras_pdattn.layers.PrimalDualAttention(
+            num_heads, width // num_heads, primal=primal, dropout=0.1, name=f"attention_{block}"
+        )
+        normal = layers.LayerNormalization()(x)
+        x = x + attention(normal, normal)
+        normal = layers.LayerNormalization()(x)
+        hidden = layers.Dropout(0.1)(layers.Dense(2 * width, activation="gelu")(normal))
+        x = x + layers.Dense(width)(hidden)
+    x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
+    return keras.Model(inputs, layers.Dense(9, activation="softmax")(x), name=primal)
+
+
+class Advance(keras.callbacks.Callback):
+    """Moves a progress bar on by one each epoch, and times the epochs."""
+
+    def __init__(self, progress, task):
+        super().__init__()
+        self.progress, self.task, self.seconds = progress, task, []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.start = time.perf_counter()
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.seconds.append(time.perf_counter() - self.start)
+        self.progress.update(self.task, advance=1, accuracy=f"{logs['val_accuracy']:.3f}")
+
+
+def train(primal, train_data, test_data, epochs, progress):
+    """Trains one model; returns it, its history and the median seconds per epoch."""
+    keras.utils.set_random_seed(0)
+    model = build(primal)
+    model.compile(
+        keras.optimizers.AdamW(2e-3, weight_decay=1e-2),
+        "sparse_categorical_crossentropy",
+        metrics=["accuracy"],
+    )
+    task = progress.add_task(PRIMALS.get(primal, primal), total=epochs, accuracy="")
+    advance = Advance(progress, task)
+    history = model.fit(
+        *train_data,
+        batch_size=30,
+        epochs=epochs,
+        validation_data=test_data,
+        callbacks=[advance],
+        verbose=0,
+    )
+    return model, history.history, float(np.median(advance.seconds))
+
+
+def attention_maps(model, x, block=0):
+    """Scores of one block for the series `x`, `(series, heads, steps, steps)`."""
+    attention = model.get_layer(f"attention_{block}")
+    normal = keras.Model(model.input, attention.input[0])(x)
+    mask = np.any(x != 0, axis=-1)
+    _, scores = attention(
+        normal, normal, query_mask=mask, value_mask=mask, return_attention_scores=True
+    )
+    return keras.ops.convert_to_numpy(scores), mask
+
+
+def mean_head_distance(scores, mask):
+    """Mean distance between the attention of two heads, over pairs, steps and series.
+
+    The distance is Euclidean, between the rows of scores that two heads give to
+    the same query; padded queries are left out.
+    """
+    rows = np.moveaxis(scores, 1, 2)[mask]
+    first, second = np.triu_indices(rows.shape[1], k=1)
+    return float(np.linalg.norm(rows[:, first] - rows[:, second], axis=-1).mean())
+
+
+def reload_elsewhere(folder, primals, x):
+    """Predicts with the saved models in a fresh process for each other backend.
+
+    Returns:
+        Dict from a primal and a backend to the largest difference of a probability.
+    """
+    np.save(folder / "inputs.npy", x)
+    processes = {}
+    for backend in BACKENDS:
+        if backend != keras.backend.backend():
+            command = [sys.executable, __file__, "--predict", str(folder), *primals]
+            environment = {**os.environ, "KERAS_BACKEND": backend}
+            processes[backend] = subprocess.Popen(command, env=environment)
+    differences = {}
+    for backend, process in processes.items():
+        if process.wait() != 0:
+            raise RuntimeError(f"Reloading under {backend} failed.")
+        for primal in primals:
+            here, there = (
+                np.load(folder / f"{primal}.{name}.npy")
+                for name in (keras.backend.backend(), backend)
+            )
+            differences[primal, backend] = float(np.abs(here - there).max())
+    return differences
+
+
+def predict(folder, primals):
+    """Loads saved models under this backend and writes their predictions beside them."""
+    x = np.load(folder / "inputs.npy")
+    for primal in primals:
+        model = keras.saving.load_model(folder / f"{primal}.keras")
+        np.save(folder / f"{primal}.{keras.backend.backend()}.npy", model.predict(x, verbose=0))
+
+
+def draw(path, histories, maps, lengths):
+    """Learning curves above, the attention of four heads for one test series below."""
+    heads = (0, 2, 5, 7)
+    figure = plt.figure(figsize=(11, 4 + 2.3 * len(maps)), layout="constrained")
+    top, bottom = figure.subfigures(2, 1, height_ratios=[4, 2.3 * len(maps)])
+    axes = top.subplots(1, 2)
+    for primal, history in histories.items():
+        label = PRIMALS.get(primal, primal)
+        epochs = np.arange(1, len(history["loss"]) + 1)
+        axes[0].plot(epochs, history["loss"], label=label)
+        axes[1].plot(epochs, history["val_accuracy"], label=label)
+    axes[0].set(title="Training loss", xlabel="epoch", yscale="log")
+    axes[1].set(title="Test accuracy", xlabel="epoch", ylim=(0.5, 1.005))
+    axes[1].legend(frameon=False, loc="lower right")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    grid = bottom.subplots(len(maps), len(heads), squeeze=False)
+    for row, (primal, scores) in zip(grid, maps.items()):
+        for axis, head in zip(row, heads):
+            shown = scores[head, :lengths, :lengths]
+            axis.imshow(shown, cmap="magma", vmin=0, aspect="auto")
+            axis.set(xticks=[], yticks=[], title=f"head {head + 1}" if row is grid[0] else None)
+        row[0].set_ylabel(PRIMALS.get(primal, primal))
+    bottom.suptitle("Attention of one test series (query down, key across, first block)")
+    figure.savefig(path, dpi=110)
+
+
+def report(results):
+    """Prints the table."""
+    table = Table(title=f"JapaneseVowels on {keras.backend.backend()}")
+    table.add_column("attention", no_wrap=True)
+    for column in ("test accuracy", "parameters", "s / epoch", "head distance"):
+        table.add_column(column, justify="right")
+    table.add_column("reloaded", no_wrap=True)
+    for primal, result in results.items():
+        table.add_row(
+            PRIMALS.get(primal, primal),
+            f"{result['accuracy']:.3f}",
+            f"{result['parameters']:,}",
+            f"{result['seconds_per_epoch']:.2f}",
+            f"{result['head_distance']:.3f}",
+            "\n".join(f"{name} {d:.0e}" for name, d in result["differences"].items()),
+        )
+    console.print(table)
+    console.print(
+        "head distance: mean pairwise distance between heads, larger is less redundant; "
+        "reloaded: largest difference of a probability under the other backends"
+    )
+
+
+def main(folder, primals, epochs):
+    folder.mkdir(parents=True, exist_ok=True)
+    train_data, test_data = load("train"), load("test")
+    histories, maps, results = {}, {}, {}
+    progress = Progress(
+        TextColumn("{task.description:16}"),
+        BarColumn(),
+        TextColumn("{task.completed}/{task.total} epochs, test accuracy {task.fields[accuracy]}"),
+        TimeRemainingColumn(),
+        console=console,
+    )
+    with progress:
+        for primal in primals:
+            model, history, seconds = train(primal, train_data, test_data, epochs, progress)
+            scores, mask = attention_maps(model, test_data[0])
+            histories[primal], maps[primal] = history, scores[0]
+            results[primal] = {
+                "accuracy": history["val_accuracy"][-1],
+                "parameters": model.count_params(),
+                "seconds_per_epoch": seconds,
+                "head_distance": mean_head_distance(scores, mask),
+            }
+            model.save(folder / f"{primal}.keras")
+            predictions = model.predict(test_data[0], verbose=0)
+            np.save(folder / f"{primal}.{keras.backend.backend()}.npy", predictions)
+    with console.status("Reloading the models under the other backends"):
+        differences = reload_elsewhere(folder, primals, test_data[0])
+    for (primal, backend), difference in differences.items():
+        results[primal].setdefault("differences", {})[backend] = difference
+    report(results)
+    draw(folder / "japanese_vowels.png", histories, maps, lengths=int(mask[0].sum()))
+    (folder / "japanese_vowels.json").write_text(json.dumps(results, indent=2) + "\n")
+    console.print(f"Models, figure and numbers are in {folder}/")
+    worst = max(differences.values())
+    if worst > 1e-5:
+        sys.exit(f"A reloaded model differs by {worst:.1e}.")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    chosen = os.environ.get("PRIMAL")
+    parser.add_argument("primals", nargs="*", default=[chosen] if chosen else list(PRIMALS))
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--folder", type=Path, default=Path("outputs"))
+    parser.add_argument("--predict", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for name in arguments.primals:
+        keras_pdattn.primals.get(name)  # Says which names there are.
+    if arguments.predict:
+        predict(arguments.predict, arguments.primals)
+    else:
+        main(arguments.folder, arguments.primals, arguments.epochs)

@@ -1,0 +1,160 @@
+"""Bad arguments and inputs: one error, raised by us, the same on every backend."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_pdattn import layers, ops
+from keras_pdattn.layers import PrimalDualAttention
+
+
+def array(*shape, dtype="float32"):
+    return np.ones(shape, dtype)
+
+
+X = array(2, 5, 8)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_heads": 0}, "argument `num_heads`.*positive integer. Received: num_heads=0"),
+        ({"num_heads": 2.0}, "Received: num_heads=2.0"),
+        ({"num_heads": True}, "Received: num_heads=True"),
+        ({"key_dim": -1}, "argument `key_dim`.*Received: key_dim=-1"),
+        ({"key_dim": True}, "Received: key_dim=True"),
+        ({"value_dim": 0}, "argument `value_dim`.*Received: value_dim=0"),
+        ({"sliding_window": 0}, "argument `sliding_window`.*Received: sliding_window=0"),
+        ({"sliding_window": True}, "Received: sliding_window=True"),
+        ({"dropout": 1.0}, r"argument `dropout`.*\[0, 1\). Received: dropout=1.0"),
+        ({"dropout": 1.5}, "Received: dropout=1.5"),
+        ({"dropout": -0.1}, "Received: dropout=-0.1"),
+        ({"dropout": "half"}, "Received: dropout='half'"),
+        ({"primal": "soft"}, "Unknown primal problem.*'softmax'.*Received: 'soft'"),
+        ({"flash_attention": True, "dropout": 0.1}, "Dropout is not supported"),
+    ],
+    ids=str,
+)
+def test_constructor(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        PrimalDualAttention(**{"num_heads": 2, "key_dim": 4, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda layer: layer(array(5), array(5)), "must have the shape.*query.shape"),
+        (lambda layer: layer(array(5, 8), array(5, 8)), "must have the shape.*query.shape"),
+        (lambda layer: layer(X, array(2, 5, 3, 8)), "the rank and the batch size"),
+        (lambda layer: layer(X, array(3, 5, 8)), "the rank and the batch size"),
+        (lambda layer: layer(X, X, array(2, 4, 8)), "must be equal"),
+        (lambda layer: layer(X, X, array(3, 5, 8)), "must be equal"),
+        (lambda layer: layer.build((2, 5, None), (2, 5, 8)), "features, must have a size"),
+        (lambda layer: layer(X, X, attention_mask=array(2, 5, dtype="bool")), "For padding"),
+        (lambda layer: layer(X, X, attention_mask=array(5, dtype="bool")), "For padding"),
+        (
+            lambda layer: layer(X, X, attention_mask=array(2, 5, 4, dtype="bool")),
+            r"attention_mask.*broadcastable.*Received: attention_mask of shape \(2, 1, 5, 4\)",
+        ),
+        (lambda layer: layer(X, X, attention_mask=array(3, 5, 5, dtype="bool")), "attention_mask"),
+        (lambda layer: layer(X, X, attention_mask=array(5, 5) * -1e9), "additive.*float32"),
+        (lambda layer: layer(X, X, attention_mask=array(5, 5) * 0.5), "additive"),
+        (lambda layer: layer(X, X, query_mask=array(2, 4, dtype="bool")), "`query_mask`"),
+        (lambda layer: layer(X, X, value_mask=array(5, dtype="bool")), "`value_mask`"),
+        (lambda layer: layer(X, X, key_mask=array(3, 5, dtype="bool")), "`key_mask`"),
+        (lambda layer: layer(X, X, key_mask=array(2, 5) - 2), "`key_mask`.*additive"),
+        (lambda layer: layer(array(2, 5, 8, dtype="int32"), X), "`query` must be floating.*int32"),
+        (lambda layer: layer(X, array(2, 5, 8, dtype="complex64")), "`value` must be floating"),
+    ],
+)
+@pytest.mark.parametrize("primal", ["softmax", "batch_norm"])
+def test_call(primal, call, message):
+    with pytest.raises(ValueError, match=message):
+        call(PrimalDualAttention(2, 4, primal=primal))
+
+
+def test_a_built_layer_keeps_its_widths():
+    layer = PrimalDualAttention(2, 4)
+    layer(X, X)
+    with pytest.raises(ValueError, match=r"built for a `query` with 8 features.*\(2, 5, 9\)"):
+        layer(array(2, 5, 9), X)
+    with pytest.raises(ValueError, match="built for a `value` with 8 features"):
+        layer.build((2, 5, 8), (2, 5, 7))
+    layer.build((2, 6, 8), (2, 3, 8))
+    assert layer(array(2, 6, 8), array(2, 3, 8)).shape == (2, 6, 8)
+
+
+def test_symbolic_calls_raise_too():
+    """Early: a model with a wrong call does not come to be."""
+    inputs = keras.Input((5, 8))
+    with pytest.raises(ValueError, match="`query` must be floating"):
+        PrimalDualAttention(2, 4)(keras.Input((5, 8), dtype="int32"), inputs)
+    with pytest.raises(ValueError, match="built for"):
+        layer = PrimalDualAttention(2, 4)
+        layer(inputs, inputs)
+        layer(keras.Input((5, 9)), inputs)
+    with pytest.raises(ValueError, match="must be equal"):
+        PrimalDualAttention(2, 4)(inputs, inputs, keras.Input((4, 8)))
+
+
+def test_float_masks_of_zero_and_one_are_boolean():
+    """As in Keras, where their values can be read; an additive mask never gets through."""
+    layer = PrimalDualAttention(2, 4)
+    mask = np.tril(np.ones((5, 5)))
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(2, 5, 8)).astype("float32")
+    outputs = [layer(x, x, attention_mask=mask.astype(d)) for d in ("bool", "int32", "float32")]
+    for output in outputs[1:]:
+        np.testing.assert_array_equal(
+            keras.ops.convert_to_numpy(output), keras.ops.convert_to_numpy(outputs[0])
+        )
+
+
+def test_attention_axes():
+    x = array(2, 3, 5, 8)
+    for axes in ((0,), (3,), (1, 1), (1, -3), (4,)):
+        with pytest.raises(ValueError, match="`attention_axes`"):
+            PrimalDualAttention(2, 4, attention_axes=axes)(x, x)
+    with pytest.raises(ValueError, match="not attended over must have one size"):
+        PrimalDualAttention(2, 4, attention_axes=2)(x, array(2, 4, 5, 8))
+    with pytest.raises(ValueError, match="`value_mask` must have the shape"):
+        PrimalDualAttention(2, 4, attention_axes=2)(x, x, value_mask=array(2, 3, dtype="bool"))
+
+
+def test_a_fixed_primal_takes_no_other():
+    with pytest.raises(TypeError, match="primal"):
+        layers.BatchNormAttention(2, 4, primal="softmax")
+
+
+def test_flash_attention_is_never_dropped_in_silence():
+    scaled = layers.ScaledHeadAttention(2, 4, scales=(1, 2), flash_attention=True)
+    with pytest.raises(ValueError, match="flash attention is enabled"):
+        scaled(X, X, return_attention_scores=True)
+    x = array(1, 3, 2, 4)
+    with pytest.raises(ValueError, match="flash_attention=True"):
+        ops.attention(x, x, x, "softmax", dropout=lambda weights: weights, flash_attention=True)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        ([(2, 3, 4), (2, 3, 2, 4), (2, 3, 2, 4)], "must have the shape"),
+        ([(2, 3, 2, 4), (1, 3, 2, 4), (2, 3, 2, 4)], "one batch size"),
+        ([(2, 3, 2, 4), (2, 3, 3, 4), (2, 3, 3, 4)], "one number of heads"),
+        ([(2, 3, 2, 4), (2, 3, 2, 4), (2, 4, 2, 4)], "one length"),
+        ([(2, 3, 2, 4), (2, 3, 2, 5), (2, 3, 2, 5)], "one depth"),
+    ],
+)
+def test_ops(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        ops.attention(*(array(*shape) for shape in shapes), "softmax")
+
+
+def test_ops_masks():
+    x = array(2, 3, 2, 4)
+    with pytest.raises(ValueError, match="`mask` must be broadcastable"):
+        ops.attention(x, x, x, "softmax", mask=array(3, 3, dtype="bool"))
+    with pytest.raises(ValueError, match="`key_mask` must have the shape"):
+        ops.attention(x, x, x, "softmax", key_mask=array(2, 4, dtype="bool"))
+    with pytest.raises(ValueError, match="argument `sliding_window`"):
+        ops.attention(x, x, x, "softmax", sliding_window=0)

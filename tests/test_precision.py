@@ -1,0 +1,106 @@
+"""Sixteen bits: our error against the oracle is at most twice that of Keras's layer."""
+
+import backends
+import keras
+import numpy as np
+import pytest
+import reference
+from keras import ops as keras_ops
+from members import MEMBERS
+
+from keras_pdattn import layers, ops
+
+LOW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+
+
+def rounded(x, dtype):
+    """`x` as the nearest numbers of `dtype`, in a tensor of it and in float64."""
+    tensor = keras_ops.cast(keras_ops.convert_to_tensor(x.astype("float32")), dtype)
+    return tensor, backends.to_numpy(tensor)
+
+
+def rms(error):
+    return np.sqrt(np.mean(np.square(error)))
+
+
+@LOW
+@CAUSAL
+@pytest.mark.parametrize("member", [m for m in MEMBERS if m.primal.transform], ids=str)
+def test_an_offset_costs_batch_norm_no_precision(member, is_causal, dtype):
+    """Keys and queries whose mean is 100 times their spread lose no more than centred ones."""
+    errors = []
+    for mean in (0.0, 100.0):
+        rng = np.random.default_rng(0)
+        means = (mean, mean, 0.0)
+        inputs = [rounded(rng.normal(m, 1.0, (2, 48, 4, 16)), dtype) for m in means]
+        tensors, exact = zip(*inputs)
+        expected, _ = reference.attention(*exact, member.oracle, is_causal=is_causal)
+        output = ops.attention(*tensors, member.primal, is_causal=is_causal)
+        assert keras.backend.standardize_dtype(output.dtype) == dtype
+        # A prefix of few keys has hardly any spread, and scores no precision holds.
+        settled = slice(8, None) if is_causal else slice(None)
+        errors.append(rms((backends.to_numpy(output) - expected)[:, settled]))
+    assert errors[1] <= 2 * errors[0]
+
+
+@LOW
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@pytest.mark.parametrize("mean", [0.0, 100.0], ids=["centred", "mean_of_100_spreads"])
+def test_error_of_layers(member, mean, dtype):
+    """Against Keras's layer, projections included, from the same rounded weights."""
+    rng = np.random.default_rng(0)
+    ours = layers.PrimalDualAttention(4, 8, primal=member.primal, dtype=dtype)
+    keras_layer = keras.layers.MultiHeadAttention(4, 8, dtype=dtype)
+    x, exact_x = rounded(rng.normal(size=(2, 48, 32)), dtype)
+    for layer in (ours, keras_layer):
+        layer.build(x.shape, x.shape)
+    weights = [rng.normal(size=w.shape) / np.sqrt(32) for w in keras_layer.weights]
+    weights[1], weights[3] = (np.full(weights[1].shape, mean) for _ in range(2))
+    weights = [rounded(w, dtype)[1] for w in weights]
+    errors = []
+    for layer, oracle in ((ours, member.oracle), (keras_layer, reference.Primal())):
+        layer.set_weights(weights)
+        projections = zip(weights[0:6:2], weights[1:6:2])
+        query, key, value = (np.einsum("btc,chd->bthd", exact_x, w) + b for w, b in projections)
+        expected, _ = reference.attention(query, key, value, oracle)
+        expected = np.einsum("bthd,hdc->btc", expected, weights[6]) + weights[7]
+        errors.append(rms(backends.to_numpy(layer(x, x)) - expected))
+    assert errors[0] <= 2 * errors[1]
+
+
+@LOW
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_long_sequences_keep_their_sums(member, dtype):
+    """B5: over 4,096 equal keys the normaliser is 4,096, where 16 bits would stall."""
+    length = 4096
+    ones = keras_ops.ones((1, length, 4, 4), dtype=dtype)
+    value = np.zeros((1, length, 4, 4), "float32")
+    value[:, : length // 2] = 2.0
+    value = keras_ops.cast(keras_ops.convert_to_tensor(value), dtype)
+    output = backends.to_numpy(ops.attention(ones[:, -3:], ones, value, member.primal))
+    np.testing.assert_allclose(output, 1.0, atol=5e-3)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "size"), [("float32", 1e4), ("bfloat16", 1e4), ("float16", 1e2)], ids=str
+)
+@CAUSAL
+def test_large_inputs_stay_finite(member, is_causal, dtype, size):
+    """P20: forward and backward, for inputs as large as the dtype can bear."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.uniform(-size, size, (1, 9, 4, 8)).astype("float32") for _ in range(3)]
+
+    def loss(*tensors):
+        low = (keras_ops.cast(x, dtype) for x in tensors)
+        output = ops.attention(*low, member.primal, is_causal=is_causal)
+        return keras_ops.sum(keras_ops.cast(output, "float32"))
+
+    low = [keras_ops.cast(keras_ops.convert_to_tensor(x), dtype) for x in arrays]
+    for scores in (False, True):
+        result = ops.attention(*low, member.primal, is_causal=is_causal, return_scores=scores)
+        for x in result if scores else (result,):
+            assert np.isfinite(backends.to_numpy(x)).all()
+    for gradient in backends.gradients(loss, arrays):
+        assert np.isfinite(gradient).all()
