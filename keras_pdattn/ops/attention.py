@@ -89,7 +89,7 @@ def attention(
 
     Reference:
         Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
-        Networks", ICLR 2023, equations 11 to 14.
+        Networks", ICLR 2023 (arXiv:2406.13781).
     """
     # Names of primals are resolved one level above the ops.
     from keras_pdattn import primals

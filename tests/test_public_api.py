@@ -1,0 +1,97 @@
+"""What the package shows: names, imports, and documentation that runs."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import keras_pdattn
+
+ROOT = Path(keras_pdattn.__file__).parent
+DOCUMENTED = [
+    getattr(module, name)
+    for module, names in (
+        (keras_pdattn.layers, keras_pdattn.layers.__all__),
+        (keras_pdattn.ops, keras_pdattn.ops.__all__),
+        (keras_pdattn, ["Primal"]),
+        (keras_pdattn.feature_maps, ["FeatureMap", "Softmax"]),
+        (keras_pdattn.transforms, ["Transform", "BatchNorm"]),
+        (keras_pdattn.training_sets, ["TrainingSet", "AllKeys", "ScaledHeads"]),
+    )
+    for name in names
+]
+
+
+def test_names():
+    assert set(keras_pdattn.__all__) == {
+        "Primal",
+        "feature_maps",
+        "layers",
+        "ops",
+        "primals",
+        "training_sets",
+        "transforms",
+    }
+    assert set(keras_pdattn.layers.__all__) == {
+        "BatchNormAttention",
+        "BatchNormScaledHeadAttention",
+        "PrimalDualAttention",
+        "ScaledHeadAttention",
+    }
+
+
+def test_importing_needs_keras_and_its_backend_only():
+    script = (
+        "import sys, keras; before = set(sys.modules); import keras_pdattn;"
+        "print(*sorted({m.split('.')[0] for m in set(sys.modules) - before}))"
+    )
+    imported = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    ).stdout.split()
+    heavy = {"keras_hub", "keras_nlp", "sklearn", "matplotlib", "aeon", "rich", "pandas"}
+    assert "keras_pdattn" in imported
+    assert not heavy & set(imported)
+
+
+@pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: file.name)
+def test_sources(file):
+    """No backend is imported, and no axis is added by indexing with None, which LiteRT refuses."""
+    source = file.read_text()
+    assert not re.search(r"^\s*(import|from) (torch|jax|tensorflow)\b", source, re.MULTILINE)
+    assert not re.search(r"\[[^\]\n]*(: *, *None|None *, *:)[^\]\n]*\]", source)
+
+
+@pytest.mark.parametrize("thing", DOCUMENTED, ids=lambda thing: thing.__name__)
+def test_documentation(thing):
+    """Each public thing has an example that runs, and names its source."""
+    text = thing.__doc__
+    assert "arXiv:2406.13781" in text
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert blocks
+    for block in blocks:
+        lines = [line[4:] if line.startswith("    ") else line for line in block.splitlines()]
+        namespace = {}
+        exec("\n".join(lines), namespace)
+        for line in lines:  # `expression  # value` says what comes out.
+            expression, comment, value = line.partition("  # ")
+            if comment and value.startswith(("(", "True")) and "..." not in value:
+                result = eval(expression.split(" = ")[-1], namespace)
+                assert repr(tuple(result) if value.startswith("(") else result) == value
+
+
+def test_readme_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    readme = (ROOT.parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    assert len(blocks) == 2
+    exec("\n".join(blocks), {})
+
+
+def test_start_page_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT.parent / "docs" / "index.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 4
+    exec("\n".join(blocks), {})
