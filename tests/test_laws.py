@@ -210,6 +210,18 @@ def test_no_valid_key_gives_zero(member):
             assert (gradient[1] == 0).all()
 
 
+@every_member
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_padding_inside_windows(member, is_causal):
+    """Windows that start with padding, hold nothing else, or end with it."""
+    key_mask = np.array([[1, 1, 0, 1, 0, 0, 1], [0, 1, 0, 0, 0, 1, 1]], bool)
+    problem = fixed_problem(key_mask=key_mask, is_causal=is_causal)
+    expected, expected_scores = problem.oracle(member)
+    output, scores = problem.solve(member, return_scores=True)
+    assert_close(output, expected, problem.tolerance(member))
+    assert_close(scores, expected_scores, problem.tolerance(member))
+
+
 def fixed_problem(**options):
     rng = np.random.default_rng(3)
     query, key, value = rng.normal(size=(3, 2, 7, 4, 4)).astype("float32")
