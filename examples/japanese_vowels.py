@@ -9,6 +9,7 @@ backends, and draws learning curves and attention maps.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,6 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import keras_pdattn
+from keras_pdattn import primals, training_sets
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -40,7 +42,9 @@ PRIMALS = {
     "batch_norm_scaled_head": "Attention-BN+SH",
 }
 LONGEST = 29
-console = Console()
+#: Series of 7 steps leave a head of scale 4 or 8 with an example or two: too few to normalise.
+SCALES = training_sets.ScaledHeads(scales=(1, 2))
+console = Console(width=110)
 
 
 def load(split):
@@ -52,14 +56,25 @@ def load(split):
     return padded, speakers.astype("int32") - 1
 
 
-def build(primal, width=64, num_heads=8, num_blocks=2):
-    """A transformer encoder whose attention solves `primal`; padding is masked throughout."""
+def choose(name):
+    """The primal problem of that name, with scales that suit the length of the series."""
+    primal = primals.get(name)
+    is_scaled = isinstance(primal.training_set, training_sets.ScaledHeads)
+    return dataclasses.replace(primal, training_set=SCALES) if is_scaled else primal
+
+
+def build(name, width=64, num_heads=8, num_blocks=2):
+    """A transformer encoder whose attention solves that primal problem, padding masked."""
     inputs = keras.Input((None, 12))
     x = layers.Masking()(inputs)
     x = layers.Dense(width)(x)
     for block in range(num_blocks):
         attention = keras_pdattn.layers.PrimalDualAttention(
-            num_heads, width // num_heads, primal=primal, dropout=0.1, name=f"attention_{block}"
+            num_heads,
+            width // num_heads,
+            primal=choose(name),
+            dropout=0.1,
+            name=f"attention_{block}",
         )
         normal = layers.LayerNormalization()(x)
         x = x + attention(normal, normal)
@@ -67,7 +82,7 @@ def build(primal, width=64, num_heads=8, num_blocks=2):
         hidden = layers.Dropout(0.1)(layers.Dense(2 * width, activation="gelu")(normal))
         x = x + layers.Dense(width)(hidden)
     x = layers.GlobalAveragePooling1D()(layers.LayerNormalization()(x))
-    return keras.Model(inputs, layers.Dense(9, activation="softmax")(x), name=primal)
+    return keras.Model(inputs, layers.Dense(9, activation="softmax")(x), name=name)
 
 
 class Advance(keras.callbacks.Callback):
@@ -129,7 +144,7 @@ def mean_head_distance(scores, mask):
     return float(np.linalg.norm(rows[:, first] - rows[:, second], axis=-1).mean())
 
 
-def reload_elsewhere(folder, primals, x):
+def reload_elsewhere(folder, names, x):
     """Predicts with the saved models in a fresh process for each other backend.
 
     Returns:
@@ -139,14 +154,14 @@ def reload_elsewhere(folder, primals, x):
     processes = {}
     for backend in BACKENDS:
         if backend != keras.backend.backend():
-            command = [sys.executable, __file__, "--predict", str(folder), *primals]
+            command = [sys.executable, __file__, "--predict", str(folder), *names]
             environment = {**os.environ, "KERAS_BACKEND": backend}
             processes[backend] = subprocess.Popen(command, env=environment)
     differences = {}
     for backend, process in processes.items():
         if process.wait() != 0:
             raise RuntimeError(f"Reloading under {backend} failed.")
-        for primal in primals:
+        for primal in names:
             here, there = (
                 np.load(folder / f"{primal}.{name}.npy")
                 for name in (keras.backend.backend(), backend)
@@ -155,10 +170,10 @@ def reload_elsewhere(folder, primals, x):
     return differences
 
 
-def predict(folder, primals):
+def predict(folder, names):
     """Loads saved models under this backend and writes their predictions beside them."""
     x = np.load(folder / "inputs.npy")
-    for primal in primals:
+    for primal in names:
         model = keras.saving.load_model(folder / f"{primal}.keras")
         np.save(folder / f"{primal}.{keras.backend.backend()}.npy", model.predict(x, verbose=0))
 
@@ -179,14 +194,17 @@ def draw(path, histories, maps, lengths):
     axes[1].legend(frameon=False, loc="lower right")
     for axis in axes:
         axis.grid(alpha=0.3)
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.spines[["top", "right"]].set_visible(False)
     grid = bottom.subplots(len(maps), len(heads), squeeze=False)
     for row, (primal, scores) in zip(grid, maps.items()):
         for axis, head in zip(row, heads):
             shown = scores[head, :lengths, :lengths]
             axis.imshow(shown, cmap="magma", vmin=0, aspect="auto")
-            axis.set(xticks=[], yticks=[], title=f"head {head + 1}" if row is grid[0] else None)
+            axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(PRIMALS.get(primal, primal))
+    for axis, head in zip(grid[0], heads):
+        axis.set_title(f"head {head + 1}")
     bottom.suptitle("Attention of one test series (query down, key across, first block)")
     figure.savefig(path, dpi=110)
 
@@ -214,7 +232,7 @@ def report(results):
     )
 
 
-def main(folder, primals, epochs):
+def main(folder, names, epochs):
     folder.mkdir(parents=True, exist_ok=True)
     train_data, test_data = load("train"), load("test")
     histories, maps, results = {}, {}, {}
@@ -226,7 +244,7 @@ def main(folder, primals, epochs):
         console=console,
     )
     with progress:
-        for primal in primals:
+        for primal in names:
             model, history, seconds = train(primal, train_data, test_data, epochs, progress)
             scores, mask = attention_maps(model, test_data[0])
             histories[primal], maps[primal] = history, scores[0]
@@ -240,7 +258,7 @@ def main(folder, primals, epochs):
             predictions = model.predict(test_data[0], verbose=0)
             np.save(folder / f"{primal}.{keras.backend.backend()}.npy", predictions)
     with console.status("Reloading the models under the other backends"):
-        differences = reload_elsewhere(folder, primals, test_data[0])
+        differences = reload_elsewhere(folder, names, test_data[0])
     for (primal, backend), difference in differences.items():
         results[primal].setdefault("differences", {})[backend] = difference
     report(results)
@@ -248,21 +266,21 @@ def main(folder, primals, epochs):
     (folder / "japanese_vowels.json").write_text(json.dumps(results, indent=2) + "\n")
     console.print(f"Models, figure and numbers are in {folder}/")
     worst = max(differences.values())
-    if worst > 1e-5:
+    if worst > 1e-4:
         sys.exit(f"A reloaded model differs by {worst:.1e}.")
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     chosen = os.environ.get("PRIMAL")
-    parser.add_argument("primals", nargs="*", default=[chosen] if chosen else list(PRIMALS))
+    parser.add_argument("names", nargs="*", default=[chosen] if chosen else list(PRIMALS))
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--folder", type=Path, default=Path("outputs"))
     parser.add_argument("--predict", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    for name in arguments.primals:
-        keras_pdattn.primals.get(name)  # Says which names there are.
+    for name in arguments.names:
+        primals.get(name)  # Says which names there are.
     if arguments.predict:
-        predict(arguments.predict, arguments.primals)
+        predict(arguments.predict, arguments.names)
     else:
-        main(arguments.folder, arguments.primals, arguments.epochs)
+        main(arguments.folder, arguments.names, arguments.epochs)
