@@ -66,7 +66,8 @@ def test_error_of_layers(member, mean, dtype):
         expected, _ = reference.attention(query, key, value, oracle)
         expected = np.einsum("bthd,hdc->btc", expected, weights[6]) + weights[7]
         errors.append(rms(backends.to_numpy(layer(x, x)) - expected))
-    assert errors[0] <= 2 * errors[1]
+    # Keras's own layer overflows float16 on TensorFlow, which bounds nothing.
+    assert errors[0] <= 2 * errors[1] or (np.isnan(errors[1]) and np.isfinite(errors[0]))
 
 
 @LOW

@@ -50,12 +50,23 @@ def dual_attention(query, examples, normalize, dropout=None):
         products, visible = _append_own(products, visible, query, own)
     weights = normalize(products, visible)
     kept = weights if dropout is None else dropout(weights)
-    kept = ops.cast(kept, examples.value.dtype)
+    value = _for_products(examples.value)
+    kept = ops.cast(kept, value.dtype)
     if own is None:
-        return ops.einsum("bhtm,bmhd->bthd", kept, examples.value), weights, None
-    output = ops.einsum("bhtm,bmhd->bthd", kept[..., :-1], examples.value)
-    output = output + ops.einsum("bht,bthd->bthd", kept[..., -1], own.value)
-    return output, weights[..., :-1], weights[..., -1]
+        output = ops.einsum("bhtm,bmhd->bthd", kept, value)
+        return ops.cast(output, examples.value.dtype), weights, None
+    output = ops.einsum("bhtm,bmhd->bthd", kept[..., :-1], value)
+    output = output + ops.einsum("bht,bthd->bthd", kept[..., -1], _for_products(own.value))
+    return ops.cast(output, examples.value.dtype), weights[..., :-1], weights[..., -1]
+
+
+def _for_products(x):
+    """`x` in a dtype that the backend's matrix products are safe in.
+
+    TensorFlow, and XLA on a CPU, add up 16-bit products in 16 bits: long sums
+    stall, and on TensorFlow scores overflow float16 before they are scaled.
+    """
+    return x if keras.backend.backend() == "torch" else widen(x)
 
 
 def _append_own(products, visible, query, own):
@@ -93,21 +104,15 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     Returns:
         The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
     """
-    key, value = examples.key, examples.value
-    if (
-        keras.backend.backend() == "tensorflow"
-        and keras.backend.standardize_dtype(query.dtype) == "float16"
-    ):
-        # TensorFlow multiplies before it scales, in 16 bits, and overflows.
-        query, key = widen(query), widen(key)
+    tensors = query, examples.key, examples.value
+    if not flash_attention:
+        tensors = (_for_products(tensor) for tensor in tensors)
     if keras.backend.backend() == "torch" and flash_attention is None:
         # Its kernel chooses flash attention by itself; Keras's way of asking
         # beforehand would break the graph of `torch.compile`.
         flash_attention = False
     output = ops.dot_product_attention(
-        query,
-        key,
-        value,
+        *tensors,
         mask=examples.kernel_mask(),
         scale=scale,
         is_causal=examples.is_triangular,
@@ -117,7 +122,7 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     if sighted is not None:
         # The kernels give the mean of all values where every score is masked.
         output = ops.where(in_output_layout(sighted), output, 0.0)
-    return ops.cast(output, value.dtype)
+    return ops.cast(output, examples.value.dtype)
 
 
 def in_output_layout(rows):
