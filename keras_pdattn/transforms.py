@@ -119,8 +119,8 @@ class BatchNorm(Transform):
     keys.
 
     Masking: padded keys are left out of the statistics; attention masks and
-    sliding windows do not touch them. Causal use: query `i` is normalised with
-    the keys with the statistics of keys `0` to `i`.
+    sliding windows do not touch them. Causal use: query `i`, and for
+    it the keys, are normalised with the statistics of keys `0` to `i`.
 
     Cost: one pass over the keys, in float32 or wider; nothing else grows with
     the length.
