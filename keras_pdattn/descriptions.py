@@ -42,6 +42,39 @@ class Description:
         return f"{type(self).__name__}({arguments})"
 
 
+class Member(Description):
+    """A feature map, transform or training set: one of the choices of a primal problem."""
+
+    #: Whether it may be used in a causal call. One that sets this to False is refused there.
+    supports_causal = True
+
+
+class WeightedMember(Member):
+    """A member that each layer may keep weights of its own for."""
+
+    def build(self, add_weight, num_heads, depth):
+        """Creates the weights of one layer.
+
+        Args:
+            add_weight: function with the arguments of `keras.layers.Layer.add_weight`.
+            num_heads: number of heads.
+            depth: depth of a key.
+
+        Returns:
+            Dict from a name to a weight: a scalar, or of shape
+            `(..., num_heads, depth)`.
+        """
+        return {}
+
+    def initial_weights(self, num_heads, depth):
+        """What `build` would start from, as plain tensors."""
+
+        def initial_value(name=None, shape=(), initializer=None, dtype=None, **kwargs):
+            return keras.initializers.get(initializer)(shape, dtype=dtype)
+
+        return self.build(initial_value, num_heads, depth)
+
+
 def serialize(description):
     """Writes `description` as a config that `get()` and Keras read back.
 

@@ -3,22 +3,33 @@
 import dataclasses
 
 import keras
+import numpy as np
+from keras import ops
 
-from keras_pdattn import descriptions
-from keras_pdattn.ops import kernels
+from keras_pdattn import descriptions, validation
+from keras_pdattn.ops import kernels, states
 from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.indexing import append_axes
 
 
-class FeatureMap(descriptions.Description):
+class FeatureMap(descriptions.WeightedMember):
     r"""A feature map \(\Phi\), non-negative and finite unless a subclass says otherwise.
 
     A subclass gives `features`; attention, its normaliser
-    \(h(x) = \sum_j \Phi(x)^\top \Phi(k_j)\), masks and scores follow from that. It
-    works by name or in a file once it is registered with Keras.
+    \(h(x) = \sum_j \Phi(x)^\top \Phi(k_j)\), masks, causal use and scores follow
+    from that. It works by name or in a file once it is registered with Keras.
 
-    Masking: after the feature map, on the kernel. Causal use: yes.
+    With finite features the layer has two forms that give the same numbers, and
+    takes the one with fewer multiplications. The dual form weighs values by
+    kernels, as softmax attention does. The primal form keeps the weight matrix
+    \(W = \sum_j v_j \Phi(k_j)^\top\) of a head as a state, causally one for each
+    chunk of keys. Sums are in float32 or wider.
 
-    Cost: queries times keys products, as wide as the features.
+    Masking: after the feature map, on the kernel. Causal use: yes. Dropout: on the
+    output, as the primal form has no weights to drop.
+
+    Cost: (queries + keys) times features times value depth; with attention masks,
+    scores or windows that of their entries, as wide as the features.
 
     Example:
 
@@ -30,7 +41,7 @@ class FeatureMap(descriptions.Description):
 
     @keras.saving.register_keras_serializable(package="my_package")
     class Squares(FeatureMap):
-        def features(self, x):
+        def features(self, x, weights):
             return ops.square(x)
 
     Primal(feature_map=Squares())
@@ -44,24 +55,63 @@ class FeatureMap(descriptions.Description):
     #: Whether adding one constant to all products of a query changes nothing.
     shift_invariant = False
 
-    def features(self, x):
+    def features(self, x, weights):
         r"""Returns \(\Phi(x)\).
 
         Args:
             x: tensor of shape `(batch, time, heads, depth)`, float32 or wider.
+            weights: what `build` returned, for these heads.
 
         Returns:
             Non-negative tensor of shape `(batch, time, heads, features)`.
         """
         raise NotImplementedError(f"{type(self).__name__} must implement `features`.")
 
-    def attend(self, query, examples, dropout, return_weights, flash_attention):
+    def query_features(self, x, weights):
+        r"""Returns \(\Phi(x)\) times any positive factor of each query, since that cancels.
+
+        For features whose largest may be beyond the range of floats.
+        """
+        return self.features(x, weights)
+
+    def key_features(self, x, weights):
+        r"""Returns \(\Phi(x) = e^c \phi\) as the pair \(\phi, c\).
+
+        The logarithm \(c\), of shape `(batch, time, heads)`, is what features of a
+        key are too large or small by for floats; `None` if that is nothing.
+        """
+        return self.features(x, weights), None
+
+    def dual_query(self, x, weights):
+        """Vectors whose products with `dual_key` are what `weigh` takes.
+
+        For a kernel that has a shorter way than the product of features.
+        """
+        return self.query_features(x, weights)
+
+    def dual_key(self, x, weights):
+        """Vectors for keys and their logarithms; see `dual_query` and `key_features`."""
+        return self.key_features(x, weights)
+
+    def weigh(self, products, log_scale, visible):
+        """Weights of what each query sees, from products of `dual_query` and `dual_key`.
+
+        Args:
+            products: tensor `(..., queries, examples)`.
+            log_scale: logarithms of factors of the examples, broadcastable to
+                `products`; or `None`.
+            visible: boolean, likewise.
+        """
+        return kernels.masked_share(products, log_scale, visible)
+
+    def attend(self, query, examples, weights, dropout, return_weights, flash_attention):
         """Values weighted by the kernel, normalised over what each query sees.
 
         Args:
             query: transformed queries, `(batch, queries, heads, depth)`.
             examples: `ops.examples.Examples` with transformed keys.
-            dropout: function for the weights, or `None`.
+            weights: what `build` returned, for these heads.
+            dropout: function that drops entries of a tensor, or `None`.
             return_weights: whether the weights are wanted.
             flash_attention: as in `keras.ops.dot_product_attention`.
 
@@ -74,9 +124,27 @@ class FeatureMap(descriptions.Description):
                 "`flash_attention=True` needs the softmax feature map. "
                 f"Received: feature_map={self!r}"
             )
-        examples = examples.with_keys(lambda key: self.features(widen(key)))
-        query = self.features(widen(query))
-        return kernels.dual_attention(query, examples, kernels.masked_share, dropout)
+        query, examples = widen(query), examples.with_keys(widen)
+        if self._uses_primal_form(query, examples, weights, return_weights):
+            query = self.query_features(query, weights)
+            examples = examples.with_scaled_keys(lambda key: self.key_features(key, weights))
+            result = states.primal_attention(query, examples), None, None
+        else:
+            query = self.dual_query(query, weights)
+            examples = examples.with_scaled_keys(lambda key: self.dual_key(key, weights))
+            result = kernels.dual_attention(query, examples, self.weigh, None, return_weights)
+        output, *attention_weights = result
+        return output if dropout is None else dropout(output), *attention_weights
+
+    def _uses_primal_form(self, query, examples, weights, return_weights):
+        if return_weights or examples.visible is not None or examples.window is not None:
+            return False
+        widths = [
+            function(query[:, :1], weights).shape[-1]
+            for function in (self.query_features, self.dual_query)
+        ]
+        lengths = query.shape[1], examples.key.shape[1]
+        return states.is_cheaper(*lengths, *widths, examples.value.shape[-1], examples.is_causal)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -110,10 +178,15 @@ class Softmax(FeatureMap):
 
     shift_invariant = True
 
-    def attend(self, query, examples, dropout, return_weights, flash_attention):
+    def weigh(self, products, log_scale, visible):
+        return kernels.masked_softmax(products, log_scale, visible)
+
+    def attend(self, query, examples, weights, dropout, return_weights, flash_attention):
         scale = query.shape[-1] ** -0.5
         needs_weights = return_weights or dropout is not None or examples.own is not None
-        if not needs_weights and kernels.has_fused_softmax(examples.key, examples.value):
+        has_bands = examples.has_bands() and not flash_attention
+        is_fused = not needs_weights and not has_bands
+        if is_fused and kernels.has_fused_softmax(examples.key, examples.value):
             output = kernels.fused_softmax_attention(query, examples, scale, flash_attention)
             return output, None, None
         if flash_attention:
@@ -123,18 +196,247 @@ class Softmax(FeatureMap):
                 f"themselves. Received: flash_attention={flash_attention}"
             )
         query = widen(query) * scale
-        return kernels.dual_attention(query, examples, kernels.masked_softmax, dropout)
+        return kernels.dual_attention(query, examples, self.weigh, dropout, return_weights)
 
 
-_registry = descriptions.Registry("feature map", FeatureMap, {"softmax": Softmax()})
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class Elu(FeatureMap):
+    r"""The feature map of linear attention.
+
+    \[ \Phi(x) = \operatorname{elu}(x) + 1 \]
+
+    As many features as the depth, all positive. In float32 a key whose numbers are
+    all below -87 has none.
+
+    Masking: any. Causal use: yes, by chunks with a carried state.
+
+    Cost: linear in the length, times the depth squared; see `FeatureMap`.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, feature_maps
+
+    Primal(feature_map=feature_maps.Elu()) == Primal("elu")  # True
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781), linear attention; the map is that of
+        Katharopoulos et al., "Transformers are RNNs", ICML 2020.
+    """
+
+    def features(self, x, weights, log_factor=0.0):
+        # Not `ops.elu(x) + 1`, which would round the exponential's small values off.
+        is_positive = x > 0
+        exponential = ops.exp(ops.where(is_positive, 0.0, x) - log_factor)
+        return ops.where(is_positive, x + 1.0, exponential)
+
+    def query_features(self, x, weights):
+        largest = ops.max(x, axis=-1, keepdims=True)
+        return self.features(x, weights, ops.stop_gradient(-ops.relu(-largest)))
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class Relu(FeatureMap):
+    r"""Rectified features.
+
+    \[ \Phi(x) = \max(x, 0) \]
+
+    As many features as the depth. A query whose kernel with all keys is zero sees
+    nothing, and outputs zero.
+
+    Masking: any. Causal use: yes, by chunks with a carried state.
+
+    Cost: linear in the length, times the depth squared; see `FeatureMap`.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, feature_maps
+
+    Primal(feature_map=feature_maps.Relu()) == Primal("relu")  # True
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781), linear attention.
+    """
+
+    def features(self, x, weights):
+        return ops.relu(x)
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class Taylor(FeatureMap):
+    r"""The exp kernel to second order.
+
+    \[ \kappa(x, y) = 1 + z + \tfrac12 z^2, \quad z = \frac{x^\top y}{\sqrt D},
+       \qquad \Phi(x) = \left(1,\; \hat x,\; \tfrac{1}{\sqrt2}\hat x_i \hat x_j\right),
+       \quad \hat x = x / D^{1/4} \]
+
+    \(1 + D + D(D+1)/2\) features, as those of \(i < j\) and \(j < i\) are one
+    and weigh double. The kernel is at least one half.
+
+    Masking: any. Causal use: yes, by chunks with a carried state.
+
+    Cost: linear in the length, times the depth cubed; short sequences take the
+    dual form, which is that of softmax attention; see `FeatureMap`.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, feature_maps
+
+    Primal(feature_map=feature_maps.Taylor()) == Primal("taylor")  # True
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781): the monomials of the exp kernel's
+        feature map, cut off after the second degree.
+    """
+
+    def features(self, x, weights):
+        x, depth = x * x.shape[-1] ** -0.25, x.shape[-1]
+        rows, columns = np.triu_indices(depth)
+        factor = np.where(rows == columns, 0.5**0.5, 1.0)
+        products = ops.take(x, rows.astype("int32"), axis=-1) * ops.take(
+            x, columns.astype("int32"), axis=-1
+        )
+        factor = ops.convert_to_tensor(factor, dtype=x.dtype)
+        return ops.concatenate([ops.ones_like(x[..., :1]), x, factor * products], axis=-1)
+
+    def dual_query(self, x, weights):
+        return x * x.shape[-1] ** -0.25
+
+    def dual_key(self, x, weights):
+        return self.dual_query(x, weights), None
+
+    def weigh(self, products, log_scale, visible):
+        kernel = 1.0 + products + 0.5 * ops.square(products)
+        return super().weigh(kernel, log_scale, visible)
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class PositiveRandom(FeatureMap):
+    r"""Positive orthogonal random features, which stand for the exp kernel.
+
+    \[ \Phi(x) = \frac{1}{\sqrt m}\left(e^{\omega_f^\top \hat x
+       - \|\hat x\|^2/2}\right)_{f=1}^{m}, \qquad \hat x = x / D^{1/4} \]
+
+    with Gaussian \(\omega_f\), orthogonal within each block of \(D\). The
+    expectation of \(\Phi(x)^\top\Phi(y)\) is \(\exp(x^\top y/\sqrt D)\). Each
+    head draws its own, from the seed; the draw is a weight of the layer, not
+    trained, saved with it, and drawn anew by the layer's `redraw`. What exponents
+    are too large or small by is kept apart, and cancels in the normalisation.
+
+    Masking: any. Causal use: yes, by chunks with a carried state.
+
+    Cost: linear in the length, times features times value depth; see
+    `FeatureMap`.
+
+    Args:
+        num_features: positive integer, \(m\).
+        seed: non-negative integer.
+
+    Raises:
+        ValueError: if `num_features` is not a positive integer, or `seed` not a
+            non-negative one.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, feature_maps
+
+    Primal(feature_map=feature_maps.PositiveRandom(num_features=256, seed=1))
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781), linear attention; the features are
+        those of Choromanski et al., "Rethinking Attention with Performers", ICLR 2021.
+    """
+
+    num_features: int = 128
+    seed: int = 0
+
+    def __post_init__(self):
+        validation.positive_int("num_features", self.num_features)
+        validation.natural("seed", self.seed)
+
+    def build(self, add_weight, num_heads, depth):
+        omega = add_weight(
+            name="omega",
+            shape=(self.num_features, num_heads, depth),
+            initializer=lambda shape, dtype=None: ops.convert_to_tensor(
+                self.draw(num_heads, depth, self.seed), dtype=dtype
+            ),
+            trainable=False,
+            autocast=False,
+        )
+        return {"omega": omega}
+
+    def redraw(self, weights, seed):
+        """Draws the weights of a layer anew."""
+        _, num_heads, depth = weights["omega"].shape
+        weights["omega"].assign(self.draw(num_heads, depth, seed))
+
+    def draw(self, num_heads, depth, seed):
+        """Returns orthogonal Gaussian vectors, an array `(num_features, num_heads, depth)`."""
+        rng = np.random.default_rng(seed)
+        num_blocks = -(-self.num_features // depth)
+        gaussian = rng.normal(size=(num_heads, num_blocks, depth, depth))
+        directions, triangular = np.linalg.qr(gaussian)
+        # With the signs of the diagonal, directions are uniform.
+        signs = np.sign(np.diagonal(triangular, axis1=-2, axis2=-1))
+        directions = np.swapaxes(directions * signs[..., np.newaxis, :], -1, -2)
+        lengths = np.linalg.norm(rng.normal(size=gaussian.shape), axis=-1, keepdims=True)
+        omega = (directions * lengths).reshape(num_heads, num_blocks * depth, depth)
+        return np.swapaxes(omega[:, : self.num_features], 0, 1).astype("float32")
+
+    def features(self, x, weights):
+        phi, log_scale = self.key_features(x, weights)
+        return phi * append_axes(ops.exp(log_scale), 1)
+
+    def query_features(self, x, weights):
+        phi, _ = self.key_features(x, weights)
+        return phi
+
+    def key_features(self, x, weights):
+        x = x * x.shape[-1] ** -0.25
+        omega = ops.cast(weights["omega"], x.dtype)
+        exponent = ops.einsum("bthd,mhd->bthm", x, omega)
+        exponent = exponent - 0.5 * ops.sum(ops.square(x), axis=-1, keepdims=True)
+        largest = ops.stop_gradient(ops.max(exponent, axis=-1))
+        phi = ops.exp(exponent - append_axes(largest, 1)) * self.num_features**-0.5
+        return phi, largest
+
+
+_registry = descriptions.Registry(
+    "feature map",
+    FeatureMap,
+    {
+        "softmax": Softmax(),
+        "elu": Elu(),
+        "relu": Relu(),
+        "taylor": Taylor(),
+        "positive_random": PositiveRandom(),
+    },
+)
 
 
 def get(identifier):
     """Returns the feature map that a name, config dict, class or instance stands for.
 
     Args:
-        identifier: `"softmax"`, the registered name of a class, a config dict,
-            a `FeatureMap` or a subclass of it.
+        identifier: `"softmax"`, `"elu"`, `"relu"`, `"taylor"`, `"positive_random"`, the
+            registered name of a class, a config dict, a `FeatureMap` or a subclass
+            of it.
 
     Raises:
         ValueError: if it stands for none; lists the names.

@@ -6,7 +6,7 @@ import keras
 
 from keras_pdattn import descriptions, feature_maps, training_sets, transforms
 from keras_pdattn.feature_maps import FeatureMap
-from keras_pdattn.training_sets import TrainingSet
+from keras_pdattn.training_sets import ScaledHeads, TrainingSet
 from keras_pdattn.transforms import Transform
 
 
@@ -41,7 +41,9 @@ class Primal(descriptions.Description):
         training_set: a `TrainingSet`, its name or config, or `None` for all keys.
 
     Raises:
-        ValueError: if an argument stands for no such member.
+        ValueError: if an argument stands for no such member, or a combination has
+            no meaning: `Conv2D` with a `grid` and `ScaledHeads`, whose windows
+            leave no grid.
 
     Example:
 
@@ -71,6 +73,33 @@ class Primal(descriptions.Description):
         object.__setattr__(self, "feature_map", feature_maps.get(self.feature_map))
         object.__setattr__(self, "transform", tuple(transforms.get(one) for one in transform))
         object.__setattr__(self, "training_set", training_sets.get(training_set))
+        self._check_meaning()
+
+    def _check_meaning(self):
+        flattened = [one for one in self.transform if getattr(one, "grid", None) is not None]
+        if flattened and isinstance(self.training_set, ScaledHeads):
+            raise ValueError(
+                "Windows of a flattened grid hold keys of one row and the next, so what "
+                "`ScaledHeads` pools is no grid that Conv2D could run over. Give the layer inputs "
+                "with two axes to attend over, and Conv2D no `grid`. "
+                f"Received: transform={self.transform}, training_set={self.training_set}"
+            )
+
+    @property
+    def weighted_members(self):
+        """The members that may have weights, in the order they act in."""
+        return (*self.transform, self.feature_map)
+
+    def check_call(self, num_axes, is_causal=False):
+        """Raises a `ValueError` if attention over `num_axes` axes, or causal, has no meaning."""
+        for transform in self.transform:
+            transform.check_axes(num_axes)
+        for member in (*self.weighted_members, self.training_set):
+            if is_causal and not member.supports_causal:
+                raise ValueError(
+                    f"{type(member).__name__} can't be used with a causal mask, as its "
+                    f"`supports_causal` says. Received: {member!r} in a causal call"
+                )
 
     def get_config(self):
         return {
@@ -85,9 +114,13 @@ _registry = descriptions.Registry(
     Primal,
     {
         "softmax": Primal(),
+        "linear": Primal("elu"),
+        "sliding_window": Primal(training_set="sliding_window"),
         "batch_norm": Primal(transform="batch_norm"),
         "scaled_head": Primal(training_set="scaled_heads"),
         "batch_norm_scaled_head": Primal(transform="batch_norm", training_set="scaled_heads"),
+        "conv1d": Primal(transform="conv1d"),
+        "conv2d": Primal(transform="conv2d"),
     },
 )
 
@@ -96,9 +129,10 @@ def get(identifier):
     """Returns the `Primal` that a name, config dict or instance stands for.
 
     Args:
-        identifier: `"softmax"`, `"batch_norm"`, `"scaled_head"`,
-            `"batch_norm_scaled_head"`, a config dict of a `Primal` (with or
-            without its class name), or a `Primal`.
+        identifier: `"softmax"`, `"linear"`, `"sliding_window"`, `"batch_norm"`,
+            `"scaled_head"`, `"batch_norm_scaled_head"`, `"conv1d"`, `"conv2d"`, a
+            config dict of a `Primal` (with or without its class name), or a
+            `Primal`.
 
     Raises:
         ValueError: if it stands for none; lists the names.

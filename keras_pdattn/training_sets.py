@@ -3,15 +3,23 @@
 import dataclasses
 
 import keras
+from keras import ops
 
 from keras_pdattn import descriptions, validation
 from keras_pdattn.ops import pooling
+from keras_pdattn.ops.windows import Window
 
 
-class TrainingSet(descriptions.Description):
+class TrainingSet(descriptions.Member):
     """The examples that heads are fitted on; all keys unless a subclass selects.
 
-    A subclass gives `select`; if heads differ, also `groups`.
+    A subclass gives `select`; if heads differ, also `groups`. Masks, causal use,
+    scores and saving follow from these.
+
+    Masking: `keys.mask` is False for padding, and says what a subclass leaves out.
+    Causal use: query `i` is fitted on what `select` makes of keys `0` to `i`. That
+    is done anew for each query, queries times keys products of the depth, unless
+    `has_causal_form` says that `select` looks at no later key.
 
     Example:
 
@@ -25,9 +33,8 @@ class TrainingSet(descriptions.Description):
 
     @keras.saving.register_keras_serializable(package="my_package")
     class EvenKeys(TrainingSet):
-        def select(self, keys, query_length):
-            even = ops.arange(ops.shape(keys.key)[1]) % 2 == 0
-            even = ops.expand_dims(even, axis=0)
+        def select(self, keys, queries):
+            even = ops.expand_dims(ops.arange(ops.shape(keys.key)[1]) % 2 == 0, axis=0)
             mask = even if keys.mask is None else ops.logical_and(keys.mask, even)
             mask = ops.broadcast_to(mask, ops.shape(keys.key)[:2])
             return dataclasses.replace(keys, mask=mask)
@@ -55,17 +62,25 @@ class TrainingSet(descriptions.Description):
         """
         return [(slice(0, num_heads), self)]
 
-    def select(self, keys, query_length):
+    def select(self, keys, queries):
         """Makes the training set from the keys of a group.
 
         Args:
             keys: `ops.examples.Examples` that are the keys themselves.
-            query_length: the number of queries.
+            queries: the `ops.examples.Queries`.
 
         Returns:
             The `ops.examples.Examples` to fit on.
         """
         return keys
+
+    def has_causal_form(self, num_axes):
+        """Whether `select` serves all queries of a causal call at once.
+
+        Args:
+            num_axes: the number of axes that are attended over.
+        """
+        return type(self).select is TrainingSet.select
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -177,12 +192,94 @@ class _PooledKeys(TrainingSet):
     scale: int
     reduction: str
 
-    def select(self, keys, query_length):
+    def select(self, keys, queries):
+        query_length = ops.shape(queries.x)[1]
         return pooling.pooled_examples(keys, query_length, self.scale, self.reduction)
+
+    def has_causal_form(self, num_axes):
+        # On a grid a query stands behind a part of every window of its row.
+        return num_axes == 1
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class SlidingWindow(TrainingSet):
+    r"""Every query sees the keys near it, the training set of sparse attention.
+
+    \[ M_i = \{ j : |i - j| < \text{size} \cdot \text{dilation},\;
+       \text{dilation} \mid i - j \} \cup \{\text{global tokens}\} \]
+
+    With several attended axes the window is a box: the condition holds along each.
+    The first `global_tokens` keys that are not padding are seen by all queries, and
+    a query that stands where one of them does sees all keys. The window restricts
+    the kernel's sum; the statistics of a transform stay those of the whole
+    sequence.
+
+    Masking: padding is left out; padding in front changes nothing. Causal use: the
+    keys of the window, and the global tokens, up to the query's position.
+
+    Cost: `size` times queries products per head (twice that if not causal), in
+    bands: time and memory grow with the length, not its square. Attention masks
+    and scores have an entry for each query and key, and with them, so has this.
+
+    Args:
+        size: positive integer, steps to either side, its own position counted.
+        dilation: positive integer, the stride of these steps.
+        global_tokens: the number of global tokens, 0 for none.
+
+    Raises:
+        ValueError: if `size` or `dilation` is not a positive integer, or
+            `global_tokens` is negative.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, training_sets
+
+    Primal(training_set=training_sets.SlidingWindow(size=64, global_tokens=1))
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781), sparse attention.
+    """
+
+    size: int = 64
+    dilation: int = 1
+    global_tokens: int = 0
+
+    def __post_init__(self):
+        validation.positive_int("size", self.size)
+        validation.positive_int("dilation", self.dilation)
+        validation.natural("global_tokens", self.global_tokens)
+
+    def select(self, keys, queries):
+        length = ops.shape(keys.key)[1]
+        valid = ops.ones((1, length), dtype="bool") if keys.mask is None else keys.mask
+        window = Window(
+            self.size,
+            self.dilation,
+            self.global_tokens,
+            queries.position,
+            queries.grid,
+            keys.grid,
+            length,
+            valid,
+        )
+        return dataclasses.replace(keys, window=window)
+
+    def has_causal_form(self, num_axes):
+        return True
 
 
 _registry = descriptions.Registry(
-    "training set", TrainingSet, {"all_keys": AllKeys(), "scaled_heads": ScaledHeads()}
+    "training set",
+    TrainingSet,
+    {
+        "all_keys": AllKeys(),
+        "scaled_heads": ScaledHeads(),
+        "sliding_window": SlidingWindow(),
+    },
 )
 
 
@@ -190,8 +287,8 @@ def get(identifier):
     """Returns the training set that a name, config dict, class or instance stands for.
 
     Args:
-        identifier: `"all_keys"`, `"scaled_heads"`, the registered name of a
-            class, a config dict, a `TrainingSet` or a subclass of it.
+        identifier: `"all_keys"`, `"scaled_heads"`, `"sliding_window"`, the registered
+            name of a class, a config dict, a `TrainingSet` or a subclass of it.
 
     Raises:
         ValueError: if it stands for none; lists the names.

@@ -3,22 +3,27 @@
 import dataclasses
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_pdattn import descriptions, validation
-from keras_pdattn.ops import statistics
+from keras_pdattn.ops import convolution, statistics
 from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.indexing import take_along_time
 
 
-class Transform(descriptions.Description):
+class Transform(descriptions.WeightedMember):
     r"""A transform \(T\) of queries and keys, fitted to the training set of a head.
 
     A subclass gives `apply`; if that needs statistics of the training set, also
-    `fit`; if it has weights, also `build`. A transform without statistics works
-    causally as it is. One with statistics says how by overriding `__call__`;
-    until it does, a causal call raises an error.
+    `fit`; if it has weights, also `build`. Masks, causal use, scores and saving
+    follow from these.
 
     Masking: padded keys read as zero and are False in the mask that `fit` gets.
+    Causal use: query `i` gets the statistics of keys `0` to `i`. A transform
+    without statistics takes one pass for that; one with them is fitted anew for
+    each query, queries times keys products of the depth, unless it overrides
+    `has_causal_form` and `__call__`.
 
     Example:
 
@@ -44,27 +49,8 @@ class Transform(descriptions.Description):
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
 
-    def build(self, add_weight, num_heads, depth):
-        """Creates the weights of one layer.
-
-        Args:
-            add_weight: function with the arguments of `keras.layers.Layer.add_weight`.
-            num_heads: number of heads.
-            depth: depth of a key.
-
-        Returns:
-            Dict from a name to a weight: a scalar, or of shape
-            `(..., num_heads, depth)`.
-        """
-        return {}
-
-    def initial_weights(self, num_heads, depth):
-        """What `build` would start from, as plain tensors."""
-
-        def initial_value(name=None, shape=(), initializer=None, dtype=None, **kwargs):
-            return keras.initializers.get(initializer)(shape, dtype=dtype)
-
-        return self.build(initial_value, num_heads, depth)
+    #: Whether `apply` looks at each position alone.
+    is_pointwise = True
 
     def fit(self, key, mask):
         """Returns statistics of the training set, `None` if there are none to take.
@@ -79,29 +65,33 @@ class Transform(descriptions.Description):
         r"""Returns \(T(x)\) for queries or keys `x`, `(batch, time, heads, depth)`."""
         raise NotImplementedError(f"{type(self).__name__} must implement `apply`.")
 
-    def __call__(self, query, examples, feature_map, weights):
+    def has_causal_form(self, shift_invariant):
+        """Whether `__call__` serves all queries of a causal call at once.
+
+        Args:
+            shift_invariant: whether what comes after does not notice a shift of all keys.
+        """
+        return type(self).fit is Transform.fit
+
+    def check_axes(self, num_axes):
+        """Raises a `ValueError` if attention over `num_axes` axes has no meaning here."""
+
+    def __call__(self, queries, examples, weights, shift_invariant):
         """Transforms queries and keys.
 
         Args:
-            query: tensor of shape `(batch, queries, heads, depth)`.
+            queries: `ops.examples.Queries`.
             examples: `ops.examples.Examples`, the training set.
-            feature_map: the feature map that comes after.
             weights: what `build` returned, for these heads.
+            shift_invariant: whether what comes after does not notice a shift of all keys.
 
         Returns:
-            The queries, and the examples with their keys replaced. Products of
-            the two may differ from those of \\(T(q_i)\\) and \\(T(k_j)\\) by what
-            `feature_map` does not notice.
+            The queries and the examples, transformed; if `shift_invariant`, all
+            keys of a query may be so but for one shift.
         """
-        if examples.is_causal and type(self).fit is not Transform.fit:
-            raise ValueError(
-                f"{type(self).__name__} has statistics and does not say how to take them causally, "
-                "so it can't be used with a causal mask: override `__call__`. "
-                f"Received: transform={self!r}"
-            )
         statistics = self.fit(examples.key, examples.mask)
-        query = self.apply(query, statistics, weights)
-        return query, examples.with_keys(lambda key: self.apply(key, statistics, weights))
+        queries = queries.with_x(self.apply(queries.x, statistics, weights))
+        return queries, examples.with_keys(lambda key: self.apply(key, statistics, weights))
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -123,7 +113,9 @@ class BatchNorm(Transform):
     it the keys, are normalised with the statistics of keys `0` to `i`.
 
     Cost: one pass over the keys, in float32 or wider; nothing else grows with
-    the length.
+    the length. A causal call with a kernel that notices a shift of all keys (all
+    but softmax), or with a transform behind this one, normalises the keys anew
+    for each query: queries times keys products of the depth.
 
     Args:
         epsilon: positive float, added to the variance.
@@ -180,52 +172,49 @@ class BatchNorm(Transform):
         start = keras.initializers.Constant(self.beta)
         return {"beta": add_weight(name="beta", shape=(), initializer=start, autocast=False)}
 
-    def __call__(self, query, examples, feature_map, weights):
+    def has_causal_form(self, shift_invariant):
+        return shift_invariant
+
+    def __call__(self, queries, examples, weights, shift_invariant):
         if examples.is_causal:
-            return self._fit_prefixes(query, examples, feature_map, weights)
-        dtype = query.dtype
+            return self._fit_prefixes(queries, examples, weights)
+        dtype = queries.x.dtype
         mean, variance = statistics.moments(examples.key, examples.mask)
         inverse = self._inverse_deviation(variance)
         beta = self._factor_on_mean(weights, mean.dtype)
-        # A kernel that does not notice a shift of all keys gets centred ones
-        # whatever beta is: a common offset would eat the mantissa.
-        key_beta = 1.0 if feature_map.shift_invariant else beta
-        key_mean = ops.stop_gradient(mean) if feature_map.shift_invariant else mean
+        # What does not notice a shift of all keys gets centred ones whatever
+        # beta is: a common offset would eat the mantissa.
+        key_beta = 1.0 if shift_invariant else beta
+        key_mean = ops.stop_gradient(mean) if shift_invariant else mean
 
         def normalize_key(key):
             return ops.cast((widen(key) - key_beta * key_mean) * inverse, dtype)
 
-        query = ops.cast((widen(query) - beta * mean) * inverse, dtype)
-        return query, examples.with_keys(normalize_key)
+        x = ops.cast((widen(queries.x) - beta * mean) * inverse, dtype)
+        return queries.with_x(x), examples.with_keys(normalize_key)
 
-    def _fit_prefixes(self, query, examples, feature_map, weights):
+    def _fit_prefixes(self, queries, examples, weights):
         """Normalises query i, and for it all keys, with the statistics of its prefix.
 
         The keys can't be normalised anew for each query, but with a kernel that
         does not notice a shift, neither need they be: T of the keys scales them
         by the deviation and shifts them, and the scale can go to the query.
         """
-        if not feature_map.shift_invariant:
-            raise ValueError(
-                "Causal batch normalisation needs a feature map that does not notice a shift of "
-                f"all keys, such as softmax. Received: feature_map={feature_map!r}"
-            )
         origin = statistics.origin(examples.key, examples.mask)
         centred = examples.with_keys(lambda key: widen(key) - origin)
-        centred = dataclasses.replace(centred, is_folded=True)
         moments = statistics.prefix_moments(centred.key, examples.limit, examples.mask)
         if centred.own is not None:
             moments = statistics.append_example(moments, centred.own.key, centred.own.mask)
         count, mean, squares = moments
         inverse = self._inverse_deviation(squares / ops.maximum(count, 1))
         beta = self._factor_on_mean(weights, mean.dtype)
-        normalized = (widen(query) - beta * origin - beta * mean) * inverse
-        dtype = query.dtype
+        normalized = (widen(queries.x) - beta * origin - beta * mean) * inverse
+        dtype = queries.x.dtype
         if keras.backend.standardize_dtype(dtype) == "float16":
             # Where a prefix has no spread, 1 / epsilon is beyond float16.
-            return normalized * inverse, centred
+            return queries.with_x(normalized * inverse), centred
         narrow = centred.with_keys(lambda key: ops.cast(key, dtype))
-        return ops.cast(normalized * inverse, dtype), narrow
+        return queries.with_x(ops.cast(normalized * inverse, dtype)), narrow
 
     def _inverse_deviation(self, variance):
         return ops.rsqrt(variance + self.epsilon) if self.scale else ops.ones_like(variance)
@@ -236,15 +225,191 @@ class BatchNorm(Transform):
         return ops.cast(weights["beta"], dtype) if self.learn_beta else self.beta
 
 
-_registry = descriptions.Registry("transform", Transform, {"batch_norm": BatchNorm()})
+class _Convolution(Transform):
+    """What `Conv1D` and `Conv2D` share."""
+
+    is_pointwise = False
+
+    #: The number of axes of the kernel.
+    rank = None
+
+    def build(self, add_weight, num_heads, depth):
+        size = self.kernel_size
+        identity = np.zeros((size,) * self.rank + (num_heads, depth), "float32")
+        identity[(size // 2,) * self.rank] = 1.0
+
+        def centred_delta(shape, dtype=None):
+            return ops.convert_to_tensor(identity, dtype=dtype)
+
+        kernel = add_weight(
+            name="kernel", shape=identity.shape, initializer=centred_delta, autocast=False
+        )
+        return {"kernel": kernel}
+
+    def __call__(self, queries, examples, weights, shift_invariant):
+        kernel, dtype = weights["kernel"], queries.x.dtype
+        looks_back = examples.looks_back_only
+        taps = {"taps": convolution.past_or_present} if looks_back else {}
+        x = self._convolve(queries.x, kernel, queries.grid, **taps)
+        key = self._convolve(examples.key, kernel, examples.grid, **taps)
+        own = examples.own
+        if own is not None:
+            before = self._convolve(examples.key, kernel, None, taps=convolution.past)
+            before = take_along_time(before, ops.minimum(examples.limit, ops.shape(key)[1] - 1))
+            centre = ops.cast(kernel[self.kernel_size // 2], before.dtype)
+            own = dataclasses.replace(own, key=centre * widen(own.key) + before)
+        return queries.with_x(ops.cast(x, dtype)), dataclasses.replace(examples, key=key, own=own)
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class Conv1D(_Convolution):
+    r"""A depthwise convolution along the sequence, the transform of Attention-Conv1D.
+
+    \[ T(x)_i = \sum_{o=-r}^{r} w_o \odot x_{i+o}, \qquad 2r + 1 = \text{kernel size} \]
+
+    One weight for each tap, head and feature, the same for queries and keys; zeros
+    lie beyond the ends. A fresh kernel is the identity, so a fresh layer equals one
+    without this transform. With `ScaledHeads` the keys are the pooled ones.
+
+    Masking: padded positions read as zero. Causal use: taps that look ahead are
+    dropped, for every key alike.
+
+    Cost: kernel size times the length.
+
+    Args:
+        kernel_size: positive odd integer.
+
+    Raises:
+        ValueError: if `kernel_size` is not a positive odd integer.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, transforms
+
+    Primal(transform=transforms.Conv1D(kernel_size=3))
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781), convolutional attention.
+    """
+
+    kernel_size: int = 3
+
+    rank = 1
+
+    def __post_init__(self):
+        validation.positive_odd_int("kernel_size", self.kernel_size)
+
+    def _convolve(self, x, kernel, grid, **taps):
+        return convolution.depthwise(x, kernel, **taps)
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+@dataclasses.dataclass(frozen=True)
+class Conv2D(_Convolution):
+    r"""A depthwise convolution over a grid, the transform of Attention-Conv2D.
+
+    \[ T(x)_{i,j} = \sum_{o=-r}^{r} \sum_{p=-r}^{r} w_{o,p} \odot x_{i+o,\,j+p} \]
+
+    One weight for each tap, head and feature, the same for queries and keys; zeros
+    lie beyond the edges. A fresh kernel is the identity. The grid is that of the
+    layer's inputs, `(batch, height, width, channels)`, or `grid` where these are
+    flattened, behind `class_tokens` that are passed on as they are.
+
+    Masking: padded positions read as zero. Causal use: taps that come later in
+    raster order are dropped, for every key alike.
+
+    Cost: kernel size squared times the length.
+
+    Args:
+        kernel_size: positive odd integer, along both axes.
+        grid: pair of positive integers, rows and columns of a flattened grid; or
+            `None` for inputs with two axes to attend over.
+        class_tokens: the number of positions in front of a flattened grid.
+
+    Raises:
+        ValueError: if `kernel_size` is not a positive odd integer, `grid` no pair
+            of positive integers, or `class_tokens` negative or without `grid`; if
+            inputs have no such grid.
+
+    Example:
+
+    ```python
+    from keras_pdattn import Primal, transforms
+
+    Primal(transform=transforms.Conv2D(kernel_size=3, grid=(14, 14), class_tokens=1))
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781), convolutional attention.
+    """
+
+    kernel_size: int = 3
+    grid: tuple = None
+    class_tokens: int = 0
+
+    rank = 2
+
+    def __post_init__(self):
+        validation.positive_odd_int("kernel_size", self.kernel_size)
+        validation.natural("class_tokens", self.class_tokens)
+        if self.grid is None:
+            if self.class_tokens:
+                raise ValueError(
+                    "`class_tokens` come before a flattened grid, which `grid` describes. "
+                    f"Received: class_tokens={self.class_tokens}, grid=None"
+                )
+            return
+        if not isinstance(self.grid, (tuple, list)) or len(self.grid) != 2:
+            raise ValueError(
+                "`grid` must be a pair of positive integers, rows and columns. "
+                f"Received: grid={self.grid!r}"
+            )
+        grid = tuple(validation.positive_int("grid", size) for size in self.grid)
+        object.__setattr__(self, "grid", grid)
+
+    def check_axes(self, num_axes):
+        if self.grid is None and num_axes != 2:
+            raise ValueError(
+                "Conv2D without `grid` takes its grid from inputs with two axes to attend over, "
+                "such as (batch, height, width, channels). For a flattened grid give "
+                f"`grid=(height, width)`. Received: grid=None with {num_axes} attended axes"
+            )
+        if self.grid is not None and num_axes != 1:
+            raise ValueError(
+                "`grid` describes a flattened grid; inputs with several axes to attend over have "
+                f"their own. Received: grid={self.grid} with {num_axes} attended axes"
+            )
+
+    def _convolve(self, x, kernel, grid, **taps):
+        if self.grid is None:
+            return convolution.depthwise(x, kernel, grid, **taps)
+        tokens, length = self.class_tokens, x.shape[1]
+        expected = tokens + self.grid[0] * self.grid[1]
+        if isinstance(length, int) and length != expected:
+            raise ValueError(
+                f"Queries and keys must have the {expected} positions of {tokens} class tokens and "
+                f"a grid of {self.grid}. Received: a length of {length}"
+            )
+        convolved = convolution.depthwise(x[:, tokens:], kernel, self.grid, **taps)
+        return ops.concatenate([widen(x[:, :tokens]), convolved], axis=1) if tokens else convolved
+
+
+_registry = descriptions.Registry(
+    "transform", Transform, {"batch_norm": BatchNorm(), "conv1d": Conv1D(), "conv2d": Conv2D()}
+)
 
 
 def get(identifier):
     """Returns the transform that a name, config dict, class or instance stands for.
 
     Args:
-        identifier: `"batch_norm"`, the registered name of a class, a config
-            dict, a `Transform` or a subclass of it.
+        identifier: `"batch_norm"`, `"conv1d"`, `"conv2d"`, the registered name of a
+            class, a config dict, a `Transform` or a subclass of it.
 
     Raises:
         ValueError: if it stands for none; lists the names.

@@ -13,6 +13,26 @@ def positive_int(name, value):
     return int(value)
 
 
+def positive_odd_int(name, value):
+    """Returns `value` if it is an odd integer above zero (and not a bool)."""
+    if positive_int(name, value) % 2 == 0:
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected an odd "
+            f"integer. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
+def natural(name, value):
+    """Returns `value` if it is an integer, zero or more (and not a bool)."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or value < 0:
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected a "
+            f"non-negative integer. Received: {name}={value!r}"
+        )
+    return int(value)
+
+
 def real(name, value, expected, accepts):
     """Returns `value` as a float if it is a real number that `accepts` takes."""
     is_real = isinstance(value, numbers.Real) and not isinstance(value, bool)

@@ -27,7 +27,12 @@ def pytest_report_header():
 
 @pytest.fixture(autouse=True)
 def seeded():
-    """Starts every test from one seed, and leaves no model behind."""
+    """Starts every test from one seed."""
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cleared():
+    """Leaves no model behind a file of tests; for each test that would take half a second."""
     yield
     keras.utils.clear_session()

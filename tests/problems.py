@@ -3,6 +3,7 @@
 import dataclasses
 
 import backends
+import keras
 import numpy as np
 import reference
 from hypothesis import settings
@@ -35,7 +36,10 @@ class Problem:
 
     def solve(self, member, **options):
         """Our output (and scores, if asked for) as float64 arrays."""
-        result = ops.attention(*self.arrays, member.primal, **self.options, **options)
+        weights = member.weights(*self.key.shape[2:])
+        result = ops.attention(
+            *self.arrays, member.primal, weights=weights, **self.options, **options
+        )
         if isinstance(result, tuple):
             return tuple(backends.to_numpy(x) for x in result)
         return backends.to_numpy(result)
@@ -43,6 +47,18 @@ class Problem:
     def oracle(self, member):
         """The oracle's output and scores."""
         return reference.attention(*self.arrays, member.oracle, **self.options)
+
+    def gradients(self, member, cotangent):
+        """Our gradients of `sum(output * cotangent)` with respect to query, key and value."""
+        weights = member.weights(*self.key.shape[2:])
+
+        def loss(query, key, value):
+            output = ops.attention(
+                query, key, value, member.primal, weights=weights, **self.options
+            )
+            return keras.ops.sum(output * keras.ops.convert_to_tensor(cotangent))
+
+        return backends.gradients(loss, self.arrays)
 
     def tolerance(self, member):
         """What the numbers chapter allows: 1e-5 in float32, 1e-12 in float64, of the output.
@@ -60,6 +76,11 @@ class Problem:
         relative = {"float32": 1e-5, "float64": 1e-12}[dtype.name]
         rounding = moves * np.finfo(dtype).eps / step
         return relative * max(1.0, _largest(output)) + 4 * rounding
+
+
+def assert_close(actual, expected, tolerance):
+    """Raises unless the largest difference is within `tolerance`."""
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
 def _largest(x):

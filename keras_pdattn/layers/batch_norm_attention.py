@@ -3,13 +3,13 @@
 import keras
 
 from keras_pdattn import descriptions
-from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.layers.fixed_primal_attention import FixedPrimalAttention
 from keras_pdattn.primals import Primal
 from keras_pdattn.transforms import BatchNorm
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
-class BatchNormAttention(PrimalDualAttention):
+class BatchNormAttention(FixedPrimalAttention):
     r"""Attention-BN: softmax attention on batch-normalised queries and keys.
 
     \[ h_i = \sum_j \operatorname{softmax}_j\left(
@@ -76,9 +76,3 @@ class BatchNormAttention(PrimalDualAttention):
         super().__init__(
             num_heads, key_dim, value_dim, primal=Primal(transform=transform), **kwargs
         )
-
-    def get_config(self):
-        config = super().get_config()
-        del config["primal"]
-        (transform,) = self.primal.transform
-        return {**config, **transform.get_config()}

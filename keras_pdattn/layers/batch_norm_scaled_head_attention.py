@@ -3,14 +3,14 @@
 import keras
 
 from keras_pdattn import descriptions
-from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.layers.fixed_primal_attention import FixedPrimalAttention
 from keras_pdattn.primals import Primal
 from keras_pdattn.training_sets import ScaledHeads
 from keras_pdattn.transforms import BatchNorm
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
-class BatchNormScaledHeadAttention(PrimalDualAttention):
+class BatchNormScaledHeadAttention(FixedPrimalAttention):
     r"""Attention-BN+SH: every head normalises its own down-sampled keys.
 
     A head of scale \(s\) averages keys and values in windows of \(s\), to
@@ -84,9 +84,3 @@ class BatchNormScaledHeadAttention(PrimalDualAttention):
             training_set=ScaledHeads(scales, reduction),
         )
         super().__init__(num_heads, key_dim, value_dim, primal=primal, **kwargs)
-
-    def get_config(self):
-        config = super().get_config()
-        del config["primal"]
-        (transform,) = self.primal.transform
-        return {**config, **transform.get_config(), **self.primal.training_set.get_config()}

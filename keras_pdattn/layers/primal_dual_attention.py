@@ -5,7 +5,7 @@ import keras
 from keras_pdattn import descriptions, ops, primals, validation
 from keras_pdattn.layers import input_checks
 from keras_pdattn.layers.masking import attach_mask, detached_masks
-from keras_pdattn.layers.transform_weights import TransformWeights
+from keras_pdattn.layers.primal_weights import PrimalWeights
 from keras_pdattn.ops import masks
 from keras_pdattn.ops.axes import AttendedAxes
 
@@ -42,14 +42,16 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         num_heads: number of heads.
         key_dim: depth of each head's queries and keys.
         value_dim: depth of each head's values; `key_dim` if `None`.
-        dropout: share of the attention weights dropped in training, in [0, 1).
+        dropout: share of the attention weights dropped in training, in [0, 1); with
+            a finite feature map, of the heads' outputs.
         use_bias: whether the projections have biases.
         output_shape: shape of an output beyond batch and time, an int or a
             tuple; the query's width if `None`.
         attention_axes: the axes to attend over; all between batch and features
-            if `None`. Several are one sequence in raster order.
-        sliding_window: a query sees keys less than this many positions away;
-            `None` for all.
+            if `None`. Several are one sequence in raster order; windows on them
+            are boxes.
+        sliding_window: a query sees keys less than this many positions away,
+            along each attended axis; `None` for all.
         flash_attention: whether to insist on the backend's flash kernel; `None`
             leaves the choice to it.
         kernel_initializer: initialiser of the projections' kernels.
@@ -61,8 +63,9 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         bias_constraint: constraint on their biases.
         use_gate: whether a sigmoid projection of the query gates the output.
         seed: seed of the dropout.
-        primal: a `keras_pdattn.Primal`, its name (`"softmax"`, `"batch_norm"`,
-            `"scaled_head"`, `"batch_norm_scaled_head"`) or its config.
+        primal: a `keras_pdattn.Primal`, its name (`"softmax"`, `"linear"`,
+            `"sliding_window"`, `"batch_norm"`, `"scaled_head"`,
+            `"batch_norm_scaled_head"`, `"conv1d"`, `"conv2d"`) or its config.
         **kwargs: `name`, `dtype` and `trainable`, as for any layer.
 
     Call arguments:
@@ -182,21 +185,45 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         super().build(query_shape, value_shape, key_shape)
         self._widths = {name: shape[-1] for name, shape in shapes.items()}
         self._axes = AttendedAxes.of(len(query_shape), self._attention_axes)
+        self.primal.check_call(len(self._axes.attended))
         # Made last: the projections keep their places among the weights.
-        self._transform_weights = TransformWeights(
-            self.primal.transform, dtype=self.dtype_policy, name="primal"
+        self._primal_weights = PrimalWeights(
+            self.primal.weighted_members, dtype=self.dtype_policy, name="primal"
         )
-        self._transform_weights.build((self._num_heads, self._key_dim))
+        self._primal_weights.build((self._num_heads, self._key_dim))
+
+    def redraw(self, seed):
+        """Draws the random features of a layer anew, e.g. every few training steps.
+
+        Args:
+            seed: non-negative integer.
+
+        Raises:
+            ValueError: if the feature map draws nothing, or before the layer is built.
+        """
+        if not hasattr(self.primal.feature_map, "redraw"):
+            raise ValueError(
+                "Only random features can be drawn anew. "
+                f"Received: feature_map={self.primal.feature_map!r}"
+            )
+        if not self.built:
+            raise ValueError(
+                "The features of a layer are first drawn when it is built. "
+                f"Received: redraw(seed={seed}) before that"
+            )
+        validation.natural("seed", seed)
+        self.primal.feature_map.redraw(self._primal_weights.by_member[-1], seed)
 
     def _check_shapes(self, shapes):
         input_checks.check_shapes(**shapes)
         input_checks.check_axes(self._attention_axes, shapes["query"], shapes["value"])
         input_checks.check_widths(self._widths if self.built else None, **shapes)
 
-    def _check_call(self, query, value, key, return_attention_scores):
+    def _check_call(self, query, value, key, return_attention_scores, use_causal_mask):
         tensors = {"query": query, "value": value, "key": key}
         input_checks.check_tensors(**tensors)
         self._check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
+        self.primal.check_call(len(self._axes.attended), use_causal_mask)
         if self._flash_attention and return_attention_scores:
             raise ValueError(
                 "Returning attention scores is not supported when flash attention is enabled. "
@@ -218,7 +245,7 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         use_causal_mask=False,
     ):
         key = value if key is None else key
-        self._check_call(query, value, key, return_attention_scores)
+        self._check_call(query, value, key, return_attention_scores, use_causal_mask)
         attention_mask, context = self._visibility(
             query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
         )
@@ -306,10 +333,12 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             is_causal=use_causal_mask,
             query_mask=query_mask,
             sliding_window=self._sliding_window,
-            weights=self._transform_weights.by_transform,
+            weights=self._primal_weights.by_member,
             dropout=dropout if self._dropout > 0 and training else None,
             return_scores=return_attention_scores,
             flash_attention=self._flash_attention,
+            query_grid=self._axes.grid(query),
+            key_grid=self._axes.grid(value),
         )
         output, scores = result if return_attention_scores else (result, None)
         output = self._axes.from_sequence(output, query)
@@ -331,7 +360,7 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         use_causal_mask=False,
     ):
         key = value if key is None else key
-        self._check_call(query, value, key, return_attention_scores)
+        self._check_call(query, value, key, return_attention_scores, use_causal_mask)
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),
             dtype=self.compute_dtype,

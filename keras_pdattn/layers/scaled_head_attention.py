@@ -3,13 +3,13 @@
 import keras
 
 from keras_pdattn import descriptions
-from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.layers.fixed_primal_attention import FixedPrimalAttention
 from keras_pdattn.primals import Primal
 from keras_pdattn.training_sets import ScaledHeads
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
-class ScaledHeadAttention(PrimalDualAttention):
+class ScaledHeadAttention(FixedPrimalAttention):
     r"""Attention-SH: every head attends to its own down-sampled keys and values.
 
     A head of scale \(s\) averages keys and values in windows of \(s\), to
@@ -73,8 +73,3 @@ class ScaledHeadAttention(PrimalDualAttention):
         super().__init__(
             num_heads, key_dim, value_dim, primal=Primal(training_set=training_set), **kwargs
         )
-
-    def get_config(self):
-        config = super().get_config()
-        del config["primal"]
-        return {**config, **self.primal.training_set.get_config()}

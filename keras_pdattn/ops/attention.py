@@ -5,10 +5,11 @@ import functools
 
 from keras import ops
 
-from keras_pdattn import validation
 from keras_pdattn.ops import masks
-from keras_pdattn.ops.examples import Examples
+from keras_pdattn.ops.examples import Examples, Queries
+from keras_pdattn.ops.indexing import zero_where_masked
 from keras_pdattn.ops.kernels import in_output_layout
+from keras_pdattn.ops.prefixes import prefix_by_prefix
 
 
 def attention(
@@ -25,6 +26,8 @@ def attention(
     dropout=None,
     return_scores=False,
     flash_attention=None,
+    query_grid=None,
+    key_grid=None,
 ):
     r"""Solves a primal problem for queries, given keys and values.
 
@@ -55,12 +58,18 @@ def attention(
         query_mask: as `key_mask`, of shape `(batch, queries)`; a query marked
             False sees nothing.
         sliding_window: positive integer, or `None`; query `i` sees key `j` only
-            where `|i - j| < sliding_window`.
-        weights: list with a dict of tensors for each transform of `primal`, as
-            `Transform.build` returns them, or `None` for their initial values.
-        dropout: function that is applied to the attention weights, or `None`.
+            where `|i - j| < sliding_window`, along each axis. The training set of
+            all keys becomes `SlidingWindow`; any other keeps its cost.
+        weights: list with a dict of tensors for each transform of `primal` and
+            one for its feature map, as their `build` returns them, or `None` for
+            their initial values.
+        dropout: function that drops entries of the attention weights (with a
+            finite feature map, of the output), or `None`.
         return_scores: whether to return the weights of the keys too.
         flash_attention: as in `keras.ops.dot_product_attention`.
+        query_grid: sizes of the axes that queries run over in raster order, or
+            `None` for one axis. Windows are boxes on them.
+        key_grid: the same for keys.
 
     Returns:
         The output, `(batch, queries, heads, value_depth)`, in the dtype of
@@ -69,12 +78,11 @@ def attention(
         query sees nothing), and scores times values is the output.
 
     Raises:
-        ValueError: if shapes do not fit each other, or a mask is neither
-            boolean nor made of 0 and 1.
+        ValueError: if shapes do not fit each other, a mask is neither boolean nor
+            made of 0 and 1, or `primal` has no meaning for such a call.
 
     Cost:
-        `queries * keys` products per head; a head of scale `s` has `1 / s` of
-        them.
+        That of the members of `primal`, which their documentation states.
 
     Example:
 
@@ -92,53 +100,56 @@ def attention(
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
     # Names of primals are resolved one level above the ops.
-    from keras_pdattn import primals
+    from keras_pdattn import primals, training_sets
 
     primal = primals.get(primal)
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     masks.check_shapes(query, key, value)
-    num_heads, query_length, key_length = query.shape[2], ops.shape(query)[1], ops.shape(key)[1]
+    primal.check_call(1 if key_grid is None else len(key_grid), is_causal)
+    num_heads, query_length = query.shape[2], ops.shape(query)[1]
+    groups = primal.training_set.groups(num_heads)
     if key.shape[1] == 0:
         return _nothing_to_see(query, value, return_scores)
-    groups = primal.training_set.groups(num_heads)
     if query_mask is not None:
         query_mask = masks.padding("query_mask", query_mask, query)
-        query = _zero_padding(query, query_mask)
     if key_mask is not None:
         key_mask = masks.padding("key_mask", key_mask, key)
-        key, value = _zero_padding(key, key_mask), _zero_padding(value, key_mask)
+        value = zero_where_masked(value, key_mask)
     if mask is not None:
         target = (query.shape[0], num_heads, query.shape[1], key.shape[1])
         mask = masks.broadcastable("mask", mask, target)
-    if sliding_window is not None:
-        validation.positive_int("sliding_window", sliding_window)
-        mask = masks.intersect(mask, masks.band(query_length, key_length, sliding_window))
     if weights is None:
         shape = (num_heads, key.shape[3])
-        weights = [transform.initial_weights(*shape) for transform in primal.transform]
+        weights = [member.initial_weights(*shape) for member in primal.weighted_members]
 
-    keys = Examples.keys(key, value, query_length, key_mask, mask, is_causal)
+    queries = Queries(query, query_mask, query_grid).zero_padding()
+    keys = Examples.keys(
+        key, value, query_length, is_causal, mask=key_mask, visible=mask, grid=key_grid
+    ).zero_padding()
+    if sliding_window is not None:
+        window = training_sets.SlidingWindow(sliding_window)
+        if primal.training_set == training_sets.AllKeys():
+            groups = window.groups(num_heads)
+        else:
+            near = window.select(keys, queries).window.visibility()
+            keys = dataclasses.replace(keys, visible=masks.intersect(near, keys.visible))
     outputs, scores = [], []
     for heads, training_set in groups:
-        examples = training_set.select(_heads(keys, heads), query_length)
-        queries, transformed = query[:, :, heads], examples
-        for transform, its_weights in zip(primal.transform, weights):
-            if transformed.is_folded:
-                raise ValueError(
-                    "In a causal call, a transform with statistics must be the last. "
-                    f"Received: transform={primal.transform}"
-                )
-            queries, transformed = transform(
-                queries, transformed, primal.feature_map, _of_heads(its_weights, heads)
-            )
-        dtype = queries.dtype
-        transformed = transformed.with_keys(functools.partial(ops.cast, dtype=dtype))
-        output, group_weights, own_weights = primal.feature_map.attend(
-            queries, transformed, dropout, return_scores, flash_attention
+        solve = functools.partial(
+            _solve,
+            primal=primal,
+            training_set=training_set,
+            weights=[_of_heads(its_weights, heads) for its_weights in weights],
+            dropout=dropout,
+            return_scores=return_scores,
+            flash_attention=flash_attention,
         )
+        if is_causal and not _has_causal_form(primal, training_set, key_grid):
+            is_pointwise = all(transform.is_pointwise for transform in primal.transform)
+            solve = functools.partial(prefix_by_prefix, solve, is_pointwise=is_pointwise)
+        output, group_scores = solve(queries.of(heads), keys.of(heads))
         outputs.append(output)
-        if return_scores:
-            scores.append(examples.spread(group_weights, own_weights))
+        scores.append(group_scores)
     output = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=2)
     if query_mask is not None:
         rows = ops.expand_dims(query_mask, axis=1)
@@ -151,6 +162,47 @@ def attention(
     return output, ops.cast(scores, value.dtype)
 
 
+def _has_causal_form(primal, training_set, key_grid):
+    """Whether one call of its members serves all queries of a causal call."""
+    return training_set.has_causal_form(1 if key_grid is None else len(key_grid)) and all(
+        transform.has_causal_form(_is_shift_invariant_after(primal, index))
+        for index, transform in enumerate(primal.transform)
+    )
+
+
+def _is_shift_invariant_after(primal, index):
+    """Whether what comes after a transform does not notice a shift of all keys."""
+    return primal.feature_map.shift_invariant and index == len(primal.transform) - 1
+
+
+def _solve(
+    queries,
+    keys,
+    primal,
+    training_set,
+    weights,
+    dropout,
+    return_scores,
+    flash_attention,
+):
+    """Solves the problem of one group of heads; returns output and scores (or `None`)."""
+    examples = transformed = training_set.select(keys, queries)
+    *transform_weights, map_weights = weights
+    for index, (transform, its_weights) in enumerate(zip(primal.transform, transform_weights)):
+        if index:
+            # What comes before need not leave padding at zero.
+            queries, transformed = queries.zero_padding(), transformed.zero_padding()
+        shift_invariant = _is_shift_invariant_after(primal, index)
+        queries, transformed = transform(queries, transformed, its_weights, shift_invariant)
+    query = queries.asked_for()
+    transformed = transformed.with_keys(functools.partial(ops.cast, dtype=query.dtype))
+    output, example_weights, own_weights = primal.feature_map.attend(
+        query, transformed, map_weights, dropout, return_scores, flash_attention
+    )
+    scores = examples.spread(example_weights, own_weights) if return_scores else None
+    return output, scores
+
+
 def _nothing_to_see(query, value, return_scores):
     """The output, and scores, of queries without a single key."""
     batch, length, num_heads, _ = ops.shape(query)
@@ -159,24 +211,9 @@ def _nothing_to_see(query, value, return_scores):
     return (output, scores) if return_scores else output
 
 
-def _zero_padding(x, mask):
-    """Replaces what padded positions of `x` hold, however large, by zero."""
-    return ops.where(ops.expand_dims(mask, axis=(2, 3)), x, ops.zeros_like(x))
-
-
 def _of_heads(weights, heads):
     """The weights of some heads: all but scalars have the layout `(..., heads, depth)`."""
     return {
         name: weight[..., heads, :] if len(weight.shape) > 1 else weight
         for name, weight in weights.items()
     }
-
-
-def _heads(keys, heads):
-    """`Examples` of some of the heads."""
-    visible = keys.visible
-    if visible is not None and visible.shape[1] != 1:
-        visible = visible[:, heads]
-    return dataclasses.replace(
-        keys, key=keys.key[:, :, heads], value=keys.value[:, :, heads], visible=visible
-    )

@@ -1,6 +1,7 @@
 """Attention over any axes, as attention over one: the attended ones become time, the rest batch."""
 
 import dataclasses
+import math
 
 from keras import ops
 
@@ -30,6 +31,13 @@ class AttendedAxes:
         """Whether inputs are `(batch, time, features)` already."""
         return self.attended == (1,) and not self.free
 
+    def grid(self, x):
+        """Sizes of the attended axes of `x`, `(batch, ..., heads, depth)`; `None` for one."""
+        if len(self.attended) == 1:
+            return None
+        shape = ops.shape(x)
+        return tuple(shape[axis] for axis in self.attended)
+
     def to_sequence(self, x):
         """Turns `(batch, ..., *rest)` into `(batch * free, attended, *rest)`."""
         if self.is_plain:
@@ -39,7 +47,7 @@ class AttendedAxes:
         x = ops.transpose(x, order)
         shape = ops.shape(x)
         batch, time = shape[: 1 + len(self.free)], shape[1 + len(self.free) : inner]
-        return ops.reshape(x, (_product(batch), _product(time)) + tuple(shape[inner:]))
+        return ops.reshape(x, (math.prod(batch), math.prod(time)) + tuple(shape[inner:]))
 
     def from_sequence(self, x, like):
         """Undoes `to_sequence` for the sequence that `like` was turned into."""
@@ -113,7 +121,7 @@ class AttendedAxes:
         mask = ops.broadcast_to(mask, tuple(batch) + (heads,) + tuple(time))
         count = len(self.attended)
         return ops.reshape(
-            mask, (_product(batch), heads, _product(time[:count]), _product(time[count:]))
+            mask, (math.prod(batch), heads, math.prod(time[:count]), math.prod(time[count:]))
         )
 
     def scores_from_sequence(self, scores, query, value):
@@ -123,10 +131,3 @@ class AttendedAxes:
         queries, keys = ops.shape(query), ops.shape(value)
         shape = self.scores_shape(queries, keys, ops.shape(scores)[1])
         return ops.reshape(scores, shape)
-
-
-def _product(sizes):
-    product = 1
-    for size in sizes:
-        product = product * size
-    return product

@@ -23,6 +23,11 @@ def is_double(dtype):
     return accumulator(dtype) == "float64"
 
 
+def exp_of_at_most_zero(x):
+    """`exp(min(x, 0))`, for `x` that is above zero only where it does not count."""
+    return ops.exp(-ops.relu(-x))
+
+
 def cumulative_sum(x, axis):
     """`keras.ops.cumsum` in the dtype of `x`, float64 included."""
     total = ops.cumsum(x, axis=axis)

@@ -1,4 +1,4 @@
-"""What a group of heads is fitted on, and what of it each query sees."""
+"""What heads are evaluated at, what they are fitted on, and what of it each query sees."""
 
 import dataclasses
 from collections.abc import Callable
@@ -7,7 +7,52 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn.ops import masks
-from keras_pdattn.ops.indexing import append_axes, first_valid
+from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time, zero_where_masked
+from keras_pdattn.ops.windows import Window
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Queries:
+    """The points a group of heads is evaluated at.
+
+    Attributes:
+        x: `(B, T, H, D)`.
+        mask: boolean `(B, T)`, False where a query is padding; or `None`.
+        grid: sizes of the axes that time runs over in raster order; `None` for
+            one axis.
+        end: integer `(B,)`: each sequence is a prefix, and only the query at
+            its end is asked for; or `None`.
+    """
+
+    x: Any
+    mask: Any = None
+    grid: tuple | None = None
+    end: Any = None
+
+    @property
+    def position(self):
+        """Where the queries stand that are asked for, `(T,)` or `(B, 1)`."""
+        if self.end is None:
+            return ops.arange(ops.shape(self.x)[1], dtype="int32")
+        return ops.expand_dims(self.end, axis=-1)
+
+    def of(self, heads):
+        """The queries of some heads."""
+        return dataclasses.replace(self, x=self.x[:, :, heads])
+
+    def with_x(self, x):
+        """The queries with another `x`."""
+        return dataclasses.replace(self, x=x)
+
+    def zero_padding(self):
+        """Puts zero where `mask` marks padding."""
+        return self.with_x(zero_where_masked(self.x, self.mask))
+
+    def asked_for(self):
+        """`x` of the queries that are asked for."""
+        if self.end is None or self.x.shape[1] == 1:
+            return self.x
+        return take_along_time(self.x, self.position)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -24,14 +69,20 @@ class Examples:
         limit: integer `(T,)` or `(B, T)`: query i sees only the first
             `limit[i]` examples (and its own); or `None` if not causal.
         is_triangular: whether `limit[i] = i + 1`, which kernels know as "causal".
+        stride: where it is not, `limit[i]` is `(i - start) // stride`, from 0 to M.
+        start: integer `(B,)`, or `None` for 0.
+        is_prefix: whether these are the keys up to one query, so that a
+            transform may not look ahead though `limit` is `None`.
         visible: boolean, broadcastable to `(B, H, T, M)`: what an arbitrary
             mask leaves to each query; or `None`.
+        window: the `Window` that restricts what each query sees, or `None`.
+        grid: as for `Queries`, of the examples.
         own: the further example of each query's own, or `None`.
         spread: function that turns the weights of the examples, `(B, H, T, M)`,
             and of the own ones, `(B, H, T)` or `None`, into those of the keys,
             `(B, H, T, S)`.
-        is_folded: whether a transform has left part of what it does to the
-            keys to the queries, so that no other can come after it.
+        log_scale: `(B, M, H)`, logarithms of factors that keys are to be
+            multiplied by, too large or small to be; or `None`.
     """
 
     key: Any
@@ -39,29 +90,61 @@ class Examples:
     mask: Any = None
     limit: Any = None
     is_triangular: bool = False
+    stride: int = 1
+    start: Any = None
+    is_prefix: bool = False
     visible: Any = None
+    window: Window | None = None
+    grid: tuple | None = None
     own: Any = None
     spread: Callable = lambda weights, own_weights: weights
-    is_folded: bool = False
+    log_scale: Any = None
 
     @classmethod
-    def keys(cls, key, value, query_length, mask=None, visible=None, is_causal=False):
+    def keys(cls, key, value, query_length, is_causal=False, **attributes):
         """The keys themselves, which every training set is made from."""
         limit = None
         if is_causal:
             position = ops.arange(query_length, dtype="int32")
             limit = ops.minimum(position + 1, ops.shape(key)[1])
-        return cls(key, value, mask, limit, is_causal, visible)
+        return cls(key, value, limit=limit, is_triangular=is_causal, **attributes)
 
     @property
     def is_causal(self):
         """Whether each query is fitted on its own prefix."""
         return self.limit is not None
 
+    @property
+    def looks_back_only(self):
+        """Whether a transform may mix no later key into an earlier one."""
+        return self.is_causal or self.is_prefix
+
+    def of(self, heads):
+        """The keys of some heads."""
+        visible = self.visible
+        if visible is not None and visible.shape[1] != 1:
+            visible = visible[:, heads]
+        return dataclasses.replace(
+            self, key=self.key[:, :, heads], value=self.value[:, :, heads], visible=visible
+        )
+
     def with_keys(self, function):
         """Replaces every key by `function(key)`."""
         own = self.own and dataclasses.replace(self.own, key=function(self.own.key))
         return dataclasses.replace(self, key=function(self.key), own=own)
+
+    def with_scaled_keys(self, function):
+        """Replaces every key, and `log_scale`, by the pair `function(key)`."""
+        own = self.own
+        if own is not None:
+            key, log_scale = function(own.key)
+            own = dataclasses.replace(own, key=key, log_scale=log_scale)
+        key, log_scale = function(self.key)
+        return dataclasses.replace(self, key=key, log_scale=log_scale, own=own)
+
+    def zero_padding(self):
+        """Puts zero where `mask` marks padding."""
+        return dataclasses.replace(self, key=zero_where_masked(self.key, self.mask))
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T, M)`: which query sees which example; or `None`."""
@@ -75,7 +158,14 @@ class Examples:
     def _restrictions(self):
         """`visibility()` but for causality."""
         padding = None if self.mask is None else ops.expand_dims(self.mask, axis=(1, 2))
-        return masks.intersect(padding, self.visible)
+        near = None if self.window is None else self.window.visibility()
+        return masks.intersect(masks.intersect(padding, near), self.visible)
+
+    def has_bands(self):
+        """Whether a window leaves so little to each query that the rest need not be looked at."""
+        if self.window is None or self.visible is not None:
+            return False
+        return self.window.has_bands(self.is_causal)
 
     def kernel_mask(self):
         """`visibility()` less what an `is_triangular` flag says already."""
@@ -86,7 +176,7 @@ class Examples:
 
         For examples without `own`.
         """
-        if self.visible is not None:
+        if self.visible is not None or self.window is not None:
             return ops.any(self.visibility(), axis=-1)
         if self.mask is None:
             return None
@@ -106,12 +196,14 @@ class OwnExample:
         value: `(B, T, H, Dv)`.
         mask: boolean `(B, T)`, False where the query has none; or `None`.
         visible: boolean, broadcastable to `(B, H, T)`; or `None`.
+        log_scale: `(B, T, H)`, as for `Examples`.
     """
 
     key: Any
     value: Any
     mask: Any = None
     visible: Any = None
+    log_scale: Any = None
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T)`; or `None`."""

@@ -1,4 +1,6 @@
-"""Reading tensors along their time axis at positions that may differ between sequences."""
+"""Reading, cutting and filling tensors along the axes that time runs over."""
+
+import math
 
 from keras import ops
 
@@ -21,6 +23,73 @@ def append_axes(x, count):
     return x
 
 
+def zero_where_masked(x, mask):
+    """Puts zero for what `mask`, `(batch, time)` or `None`, leaves out of `x`, however large."""
+    if mask is None:
+        return x
+    return ops.where(append_axes(mask, len(x.shape) - 2), x, ops.zeros_like(x))
+
+
 def first_valid(mask):
     """Position `(batch,)` of the first True of `mask`, `(batch, time)`; 0 where there is none."""
     return ops.cast(ops.argmax(ops.cast(mask, "int32"), axis=1), "int32")
+
+
+def fit_axis(x, axis, size, fill=0):
+    """Cuts `x` along `axis`, or adds `fill` behind, until it has `size` entries."""
+    shape = list(ops.shape(x))
+    if isinstance(size, int) and x.shape[axis] is not None:
+        extra = size - x.shape[axis]
+        if extra == 0:
+            return x
+        shape[axis] = max(extra, 0)
+    else:
+        shape[axis] = size
+    x = ops.concatenate([x, ops.full(shape, fill, dtype=x.dtype)], axis=axis)
+    return x[(slice(None),) * axis + (slice(0, size),)]
+
+
+def lead_with_zero(x):
+    """Puts a zero in front of `x` along time."""
+    return ops.pad(x, [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))
+
+
+def delay(x):
+    """Shifts `x` one step later along time, a zero coming in."""
+    return lead_with_zero(x)[:, :-1]
+
+
+def coordinates(position, grid):
+    """The coordinates of raster `position` on `grid`, one tensor an axis."""
+    if grid is None:
+        return [position]
+    found = []
+    for size in reversed(grid[1:]):
+        found.append(position % size)
+        position = position // size
+    return [position] + found[::-1]
+
+
+def raster(coordinates_, grid):
+    """The raster position of coordinates on `grid`; undoes `coordinates`."""
+    position = coordinates_[0]
+    for coordinate, size in zip(coordinates_[1:], (grid or ())[1:]):
+        position = position * size + coordinate
+    return position
+
+
+def to_grid(x, grid):
+    """Turns `(batch, time, *rest)` into `(batch, *grid, *rest)`; `None` is one axis."""
+    if grid is None:
+        return x
+    shape = ops.shape(x)
+    return ops.reshape(x, (shape[0],) + tuple(grid) + tuple(shape[2:]))
+
+
+def from_grid(x, num_axes):
+    """Turns `(batch, *grid, *rest)`, the grid of `num_axes` axes, into `(batch, time, *rest)`."""
+    if num_axes == 1:
+        return x
+    shape = ops.shape(x)
+    time = math.prod(shape[1 : 1 + num_axes])
+    return ops.reshape(x, (shape[0], time) + tuple(shape[1 + num_axes :]))

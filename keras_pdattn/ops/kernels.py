@@ -1,13 +1,18 @@
 """The dual form: values weighted by a kernel that is normalised over what each query sees."""
 
+import dataclasses
+
 import keras
 from keras import ops
 
-from keras_pdattn.ops.dtypes import is_double, widen
+from keras_pdattn.ops.dtypes import exp_of_at_most_zero, is_double, widen
+from keras_pdattn.ops.windows import banded_attention
 
 
-def masked_softmax(logits, visible=None):
+def masked_softmax(logits, log_scale=None, visible=None):
     """Softmax over the last axis; a row that sees nothing is zero, with zero gradient."""
+    if log_scale is not None:
+        logits = logits + log_scale
     if visible is None:
         return _softmax(logits)
     weights = _softmax(ops.where(visible, logits, -1e30))
@@ -21,46 +26,67 @@ def _softmax(logits):
     return ops.softmax(logits, axis=-1)
 
 
-def masked_share(kernel, visible=None):
-    """`kernel` over its sum along the last axis; a row without any is zero."""
+def masked_share(kernel, log_scale=None, visible=None):
+    """`kernel`, each key's times `exp(log_scale)`, over its sum along the last axis.
+
+    A row without any kernel is zero.
+    """
+    if log_scale is not None:
+        seen = log_scale if visible is None else ops.where(visible, log_scale, -1e30)
+        largest = ops.stop_gradient(ops.max(seen, axis=-1, keepdims=True))
+        kernel = kernel * exp_of_at_most_zero(log_scale - largest)
     if visible is not None:
         kernel = ops.where(visible, kernel, 0.0)
-    total = ops.sum(kernel, axis=-1, keepdims=True)
-    return ops.where(total > 0, kernel / ops.where(total > 0, total, 1.0), 0.0)
+    return share(kernel, ops.sum(kernel, axis=-1, keepdims=True))
 
 
-def dual_attention(query, examples, normalize, dropout=None):
-    """Attention through its weights, one for each query and example.
+def share(part, total):
+    """`part / total`; zero, with zero gradient, where the total is."""
+    return ops.where(total > 0, part / ops.where(total > 0, total, 1.0), 0.0)
+
+
+def dual_attention(query, examples, weigh, dropout=None, return_weights=True):
+    """Attention through its weights, one for each query and example that it may see.
 
     Args:
-        query: features of the queries, `(B, T, H, F)`.
-        examples: `Examples` with the features of their keys, F wide.
-        normalize: function from `(products, visible)`, each `(B, H, T, M)`, to
-            the weights: `masked_softmax` or `masked_share`.
+        query: vectors of the queries, `(B, T, H, F)`.
+        examples: `Examples` with vectors for keys, F wide; products of the two
+            give the kernel.
+        weigh: function from `(products, log_scale, visible)` to the weights:
+            `masked_softmax` or `masked_share`.
         dropout: function applied to the weights, or `None`.
+        return_weights: whether the weights are wanted; in a window that they
+            are not, they are never written down for keys outside.
 
     Returns:
         `(output, weights, own_weights)`: `(B, T, H, Dv)`, and before dropout
         `(B, H, T, M)` and `(B, H, T)` (`None` without own examples).
     """
+    query, dtype = widen(query), examples.value.dtype
+    examples = examples.with_keys(widen)
+    examples = dataclasses.replace(examples, value=for_products(examples.value))
     own = examples.own
-    products = ops.einsum("bthd,bmhd->bhtm", widen(query), widen(examples.key))
-    visible = examples.visibility()
+    if examples.has_bands() and not return_weights:
+        output = banded_attention(query, examples, weigh, dropout)
+        return ops.cast(output, dtype), None, None
+    products = ops.einsum("bthd,bmhd->bhtm", query, examples.key)
+    visible, log_scale = examples.visibility(), examples.log_scale
+    if log_scale is not None:
+        log_scale = ops.expand_dims(ops.transpose(log_scale, (0, 2, 1)), axis=2)
     if own is not None:
-        products, visible = _append_own(products, visible, query, own)
-    weights = normalize(products, visible)
+        products, log_scale, visible = _append_own(products, log_scale, visible, query, own)
+    weights = weigh(products, log_scale, visible)
     kept = weights if dropout is None else dropout(weights)
-    value = _for_products(examples.value)
-    kept = ops.cast(kept, value.dtype)
+    kept = ops.cast(kept, examples.value.dtype)
     if own is None:
-        output = ops.einsum("bhtm,bmhd->bthd", kept, value)
-        return ops.cast(output, examples.value.dtype), weights, None
-    output = ops.einsum("bhtm,bmhd->bthd", kept[..., :-1], value)
-    output = output + ops.einsum("bht,bthd->bthd", kept[..., -1], _for_products(own.value))
-    return ops.cast(output, examples.value.dtype), weights[..., :-1], weights[..., -1]
+        output = ops.einsum("bhtm,bmhd->bthd", kept, examples.value)
+        return ops.cast(output, dtype), weights, None
+    output = ops.einsum("bhtm,bmhd->bthd", kept[..., :-1], examples.value)
+    output = output + ops.einsum("bht,bthd->bthd", kept[..., -1], for_products(own.value))
+    return ops.cast(output, dtype), weights[..., :-1], weights[..., -1]
 
 
-def _for_products(x):
+def for_products(x):
     """`x` in a dtype that the backend's matrix products are safe in.
 
     TensorFlow, and XLA on a CPU, add up 16-bit products in 16 bits: long sums
@@ -69,20 +95,29 @@ def _for_products(x):
     return x if keras.backend.backend() == "torch" else widen(x)
 
 
-def _append_own(products, visible, query, own):
+def _append_own(products, log_scale, visible, query, own):
     """Adds the column of each query's own example."""
-    own_products = ops.einsum("bthd,bthd->bht", widen(query), widen(own.key))
-    products = ops.concatenate([products, ops.expand_dims(own_products, axis=-1)], axis=-1)
-    own_visible = own.visibility()
-    if visible is None and own_visible is None:
-        return products, None
-    own_shape, shape = ops.shape(own_products), ops.shape(products)
+    own_products = ops.einsum("bthd,bthd->bht", query, own.key)
+    lead = ops.shape(own_products)
+
+    def append(x, column, default):
+        if x is None and column is None:
+            return None
+        x = default if x is None else x
+        column = default[..., 0] if column is None else column
+        x = ops.broadcast_to(x, lead + (ops.shape(products)[-1],))
+        column = ops.expand_dims(ops.broadcast_to(column, lead), axis=-1)
+        return ops.concatenate([x, column], axis=-1)
+
     everything = ops.ones((1, 1, 1, 1), dtype="bool")
-    visible = everything if visible is None else visible
-    visible = ops.broadcast_to(visible, own_shape + (shape[-1] - 1,))
-    own_visible = everything[..., 0] if own_visible is None else own_visible
-    own_visible = ops.expand_dims(ops.broadcast_to(own_visible, own_shape), axis=-1)
-    return products, ops.concatenate([visible, own_visible], axis=-1)
+    own_scale = None
+    if own.log_scale is not None:
+        own_scale = ops.transpose(own.log_scale, (0, 2, 1))
+    return (
+        append(products, own_products, None),
+        append(log_scale, own_scale, None),
+        append(visible, own.visibility(), everything),
+    )
 
 
 def has_fused_softmax(key, value):
@@ -106,7 +141,7 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     """
     tensors = query, examples.key, examples.value
     if not flash_attention:
-        tensors = (_for_products(tensor) for tensor in tensors)
+        tensors = (for_products(tensor) for tensor in tensors)
     if keras.backend.backend() == "torch" and flash_attention is None:
         # Its kernel chooses flash attention by itself; Keras's way of asking
         # beforehand would break the graph of `torch.compile`.

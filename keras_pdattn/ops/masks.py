@@ -77,13 +77,6 @@ def intersect(mask, other):
     return ops.logical_and(mask, other)
 
 
-def band(query_length, key_length, size):
-    """Boolean `(1, 1, queries, keys)`, True where `|i - j| < size`."""
-    query = ops.expand_dims(ops.arange(query_length, dtype="int32"), axis=1)
-    key = ops.expand_dims(ops.arange(key_length, dtype="int32"), axis=0)
-    return ops.expand_dims(ops.abs(query - key) < size, axis=(0, 1))
-
-
 def check_shapes(query, key, value):
     """Raises a `ValueError` unless the shapes of projected tensors fit each other."""
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}

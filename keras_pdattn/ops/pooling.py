@@ -1,59 +1,67 @@
 """Windows of keys averaged into the examples of a scaled head (theory: equation 4)."""
 
 import dataclasses
+import math
 from typing import Any
 
 from keras import ops
 
+from keras_pdattn.ops import masks
 from keras_pdattn.ops.dtypes import accumulator, cumulative_sum
 from keras_pdattn.ops.examples import Examples, OwnExample
-from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time
+from keras_pdattn.ops.indexing import (
+    append_axes,
+    coordinates,
+    first_valid,
+    fit_axis,
+    raster,
+    take_along_time,
+    to_grid,
+)
 
 
 def pooled_examples(keys, query_length, scale, reduction="mean"):
-    """Averages keys and values in windows of `scale`.
+    """Averages keys and values in windows of `scale`, along each axis of their grid.
 
-    A causal query is fitted on the windows before the one it stands in, and on
-    the mean of that one's members up to itself.
+    A causal query, on one axis, is fitted on the windows before the one it
+    stands in, and on the mean of that one's members up to itself.
 
     Args:
         keys: `Examples` that are the keys themselves.
         query_length: the number of queries, T.
-        scale: positions in a window.
+        scale: positions in a window, along each axis.
         reduction: `"mean"`, or `"first"` to take each window's first valid key.
 
     Returns:
         The pooled `Examples`; their keys still in the wider dtype of sums, as
         a transform may yet take a large mean off them.
     """
-    windows = Windows.over(keys.key, keys.mask, scale, reduction)
+    windows = Windows.over(keys, scale, reduction)
     key, value = windows.align(keys.key), windows.align(keys.value)
-    visible = keys.visible if keys.visible is None else windows.align_last(keys.visible)
-    padded = keys.mask is not None
+    visible = None if keys.visible is None else windows.align_last(keys.visible)
     pooled = Examples(
         key=windows.mean(key),
         value=ops.cast(windows.mean(value), value.dtype),
-        mask=windows.counts() > 0 if padded else None,
-        visible=visible if visible is None else windows.whole(visible),
+        mask=None if keys.mask is None else windows.counts() > 0,
+        is_prefix=keys.is_prefix,
+        visible=None if visible is None else windows.whole(visible),
+        grid=windows.grid,
         spread=lambda weights, _: windows.spread(weights),
     )
     if not keys.is_causal:
         return pooled
     steps = windows.steps(query_length)
-    reached = ops.maximum(steps, 0)
-    mask = None
-    if padded:
-        mask = take_along_time(windows.running_counts() > 0, reached)
-        mask = ops.logical_and(mask, steps >= 0)
     own = OwnExample(
-        key=take_along_time(windows.running_mean(key), reached),
-        value=ops.cast(take_along_time(windows.running_mean(value), reached), value.dtype),
-        mask=mask,
-        visible=visible if visible is None else windows.whole_so_far(visible, steps),
+        key=windows.reach(windows.running_mean(key), steps),
+        value=ops.cast(windows.reach(windows.running_mean(value), steps), value.dtype),
+        mask=windows.has_members(steps, query_length, keys.mask is not None),
+        visible=None if visible is None else windows.whole_so_far(visible, steps),
     )
     return dataclasses.replace(
         pooled,
-        limit=reached // scale,
+        limit=ops.minimum(ops.maximum(steps, 0) // scale, windows.num_windows),
+        stride=scale,
+        start=windows.start,
         own=own,
         spread=lambda weights, own_weights: (
             windows.spread(weights) + windows.spread_own(own_weights, steps)
@@ -63,85 +71,107 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Windows:
-    """Windows of `scale` positions along a sequence, the first at its first valid key.
+    """Windows of `scale` positions along each axis, the first at the first valid key.
 
-    So padding in front of a sequence moves no window. Positions counted from
-    that first key are called steps.
+    So padding in front of a sequence moves no window. Window after window, the
+    keys of each in raster order, are numbered by steps; the last windows are
+    filled up with steps that no key has.
 
     Attributes:
-        scale: the number of positions in a window.
-        member: float `(B or 1, S)` by step, 1 for the keys that windows take in.
-        start: integer `(B,)`, the first valid position; or `None` if all are 0.
+        size: the number of steps in a window, `scale` to the number of axes.
+        member: float `(B or 1, M * size)` by step, 1 for keys that windows take in.
+        length: the number of keys, S.
+        grid: the number of windows along each axis; `None` for one axis.
+        start: integer `(B,)`, the first valid key on one axis; or `None` if that
+            is key 0 for all, or if there are several axes.
+        position: integer `(n,)` or `(B, n)`, the key at each step; `None` if the
+            two are the same.
+        step: integer `(S,)` or `(B, S)`, the step of each key, negative in
+            front of the first window; or `None`.
     """
 
-    scale: int
+    size: int
     member: Any
+    length: Any
+    grid: tuple | None = None
     start: Any = None
+    position: Any = None
+    step: Any = None
 
     @classmethod
-    def over(cls, key, mask, scale, reduction):
-        """Lays windows over `key`, `(B, S, H, D)`, less what `mask`, `(B, S)`, leaves out."""
-        dtype = accumulator(key.dtype)
-        length = ops.shape(key)[1]
-        if mask is None:
-            windows = cls(scale, ops.ones((1, length), dtype=dtype))
+    def over(cls, keys, scale, reduction):
+        """Lays windows over `keys`, less what their mask leaves out."""
+        dtype = accumulator(keys.key.dtype)
+        sizes = keys.grid or (ops.shape(keys.key)[1],)
+        counts = tuple((size + scale - 1) // scale for size in sizes)
+        grid = None if keys.grid is None else counts
+        length = ops.shape(keys.key)[1]
+        window_size = scale ** len(sizes)
+        num_steps = math.prod(counts) * window_size
+        if keys.grid is None and keys.mask is None:
+            member = ops.arange(num_steps, dtype="int32") < length
+            windows = cls(window_size, ops.expand_dims(ops.cast(member, dtype), axis=0), length)
         else:
-            start = first_valid(mask)
-            inside = ops.arange(length, dtype="int32") < length - ops.expand_dims(start, axis=1)
-            aligned = cls(scale, inside, start).align(mask)
-            windows = cls(scale, ops.cast(ops.logical_and(aligned, inside), dtype), start)
+            starts = _first_coordinates(keys)
+            position, inside = _positions(num_steps, sizes, counts, scale, starts)
+            if keys.mask is not None:
+                inside = ops.logical_and(inside, take_along_time(keys.mask, position))
+            windows = cls(
+                window_size,
+                ops.cast(inside, dtype),
+                length,
+                grid,
+                None if keys.grid is not None else ops.squeeze(starts[0], axis=1),
+                position,
+                _steps(length, sizes, counts, scale, starts),
+            )
         if reduction == "first":
             is_first = ops.cast(windows.running_counts() == 1, dtype)
             windows = dataclasses.replace(windows, member=windows.member * is_first)
         return windows
 
     @property
-    def length(self):
-        """The number of positions, S."""
-        return ops.shape(self.member)[1]
+    def num_windows(self):
+        """The number of windows, M."""
+        return ops.shape(self.member)[1] // self.size
 
     def align(self, x):
-        """Reads `x`, `(B, S, ...)` by position, by step; beyond the end it repeats."""
-        return x if self.start is None else take_along_time(x, self._positions())
+        """Reads `x`, `(B, S, ...)` by key, by step; where a step has no key, anything."""
+        if self.position is None:
+            return fit_axis(x, 1, ops.shape(self.member)[1])
+        return take_along_time(x, self.position)
 
     def align_last(self, x):
         """`align` for `x` of shape `(b, h, t, S)`."""
-        return x if self.start is None else _take_along_last(x, self._positions())
-
-    def _positions(self):
-        """The position of each step, `(B, S)`; beyond the end, the last."""
-        position = ops.expand_dims(self.start, axis=1) + ops.arange(self.length, dtype="int32")
-        return ops.minimum(position, self.length - 1)
+        if self.position is None:
+            return fit_axis(x, 3, ops.shape(self.member)[1])
+        return _take_along_last(x, self.position)
 
     def split(self, x):
-        """Cuts `x`, `(B, S, ...)`, into `(B, M, scale, ...)`, zeros filling the last window."""
-        batch, length = ops.shape(x)[:2]
-        count = (length + self.scale - 1) // self.scale
-        rest = tuple(x.shape[2:])
-        x = ops.pad(x, [[0, 0], [0, self.scale - 1]] + [[0, 0]] * len(rest))
-        return ops.reshape(x[:, : count * self.scale], (batch, count, self.scale) + rest)
+        """Cuts `x`, `(B, M * size, ...)`, into `(B, M, size, ...)`."""
+        shape = ops.shape(x)
+        return ops.reshape(x, (shape[0], self.num_windows, self.size) + tuple(shape[2:]))
 
     def join(self, windows):
         """Undoes `split`."""
-        batch, count = ops.shape(windows)[:2]
-        rest = tuple(windows.shape[3:])
-        return ops.reshape(windows, (batch, count * self.scale) + rest)[:, : self.length]
+        shape = ops.shape(windows)
+        return ops.reshape(windows, (shape[0], shape[1] * self.size) + tuple(shape[3:]))
 
     def counts(self):
         """The number of members of each window, `(B or 1, M)`."""
         return ops.sum(self.split(self.member), axis=2)
 
     def running_counts(self):
-        """The number of members of its window up to each step, `(B or 1, S)`."""
+        """The number of members of its window up to each step, `(B or 1, M * size)`."""
         return self.join(cumulative_sum(self.split(self.member), axis=2))
 
     def mean(self, x):
-        """The mean of each window's members; `(B, S, H, D)` by step to `(B, M, H, D)`."""
+        """The mean of each window's members; `(B, M * size, H, D)` to `(B, M, H, D)`."""
         total = ops.sum(self.split(self._members(x)), axis=2)
         return total / append_axes(ops.maximum(self.counts(), 1), 2)
 
     def running_mean(self, x):
-        """The mean of the members of its window up to each step; `(B, S, H, D)` by step."""
+        """The mean of the members of its window up to each step; `(B, M * size, H, D)`."""
         total = self.join(cumulative_sum(self.split(self._members(x)), axis=2))
         return total / append_axes(ops.maximum(self.running_counts(), 1), 2)
 
@@ -150,12 +180,28 @@ class Windows:
         return ops.cast(x, self.member.dtype) * append_axes(self.member, 2)
 
     def steps(self, query_length):
-        """The step of each query, for queries beyond the keys the last; `(T,)` or `(B, T)`."""
-        position = ops.minimum(ops.arange(query_length, dtype="int32"), self.length - 1)
+        """The step of each query, `(T,)` or `(B, T)`, for one axis."""
+        position = ops.arange(query_length, dtype="int32")
         return position if self.start is None else position - ops.expand_dims(self.start, axis=1)
 
+    def reach(self, x, steps):
+        """Reads `x`, `(B, M * size, ...)`, at `steps`, beyond the ends at the nearest."""
+        last = ops.shape(self.member)[1] - 1
+        return take_along_time(x, ops.minimum(ops.maximum(steps, 0), last))
+
+    def has_members(self, steps, query_length, is_padded):
+        """Whether its own window so far has members, `(B or 1, T)`; `None` if all have."""
+        num_steps = ops.shape(self.member)[1]
+        if is_padded:
+            some = self.reach(self.running_counts() > 0, steps)
+            return some & (steps >= 0) & (steps < num_steps)
+        lengths = query_length, num_steps
+        if all(isinstance(length, int) for length in lengths) and query_length <= num_steps:
+            return None
+        return ops.expand_dims(steps < num_steps, axis=0)
+
     def whole(self, visible):
-        """Whether a query sees all members of a window; `(b, h, t, S)` by step to `(.., M)`."""
+        """Whether a query sees all members of a window; `(b, h, t, steps)` to `(.., M)`."""
         hidden = ops.transpose(self._hidden(visible, self.member, (1, 2)), (0, 3, 1, 2))
         return ops.transpose(ops.sum(self.split(hidden), axis=2) == 0, (0, 2, 3, 1))
 
@@ -168,35 +214,78 @@ class Windows:
         return ops.expand_dims(member, axis=head_axes) * (1 - ops.cast(visible, member.dtype))
 
     def own_members(self, steps):
-        """1 for the members of each query's own window up to its step; `(B or 1, T, S)`."""
-        step = ops.arange(self.length, dtype="int32")
+        """1 for the members of each query's own window up to its step; `(B or 1, T, n)`."""
+        step = ops.arange(ops.shape(self.member)[1], dtype="int32")
         steps = ops.expand_dims(steps, axis=-1)
-        current = ops.logical_and(step <= steps, step // self.scale == steps // self.scale)
+        current = ops.logical_and(step <= steps, step // self.size == steps // self.size)
         return ops.cast(current, self.member.dtype) * ops.expand_dims(self.member, axis=1)
 
     def spread(self, weights):
         """Shares each window's weight among its members; `(B, H, T, M)` to `(B, H, T, S)`."""
         share = weights / ops.expand_dims(ops.maximum(self.counts(), 1), axis=(1, 2))
-        share = ops.repeat(share, self.scale, axis=-1)[..., : self.length]
-        return self._by_position(share * ops.expand_dims(self.member, axis=(1, 2)))
+        share = ops.repeat(share, self.size, axis=-1)
+        return self._by_key(share * ops.expand_dims(self.member, axis=(1, 2)))
 
     def spread_own(self, weights, steps):
         """Shares the weight of each query's own window so far; `(B, H, T)` to `(B, H, T, S)`."""
         share = self.own_members(steps)
         share = share / ops.maximum(ops.sum(share, axis=-1, keepdims=True), 1)
-        return self._by_position(ops.expand_dims(weights, axis=-1) * ops.expand_dims(share, axis=1))
+        return self._by_key(ops.expand_dims(weights, axis=-1) * ops.expand_dims(share, axis=1))
 
-    def _by_position(self, x):
-        """Reads `x`, `(B, H, T, S)` by step, by position."""
-        if self.start is None:
-            return x
-        step = ops.arange(self.length, dtype="int32") - ops.expand_dims(self.start, axis=1)
-        started = ops.expand_dims(step >= 0, axis=(1, 2))
-        return ops.where(started, _take_along_last(x, ops.maximum(step, 0)), 0.0)
+    def _by_key(self, x):
+        """Reads `x`, `(B, H, T, n)` by step, by key."""
+        if self.step is None:
+            return x[..., : self.length]
+        known = ops.expand_dims(self.step >= 0, axis=(1, 2) if len(self.step.shape) == 2 else (0,))
+        return ops.where(known, _take_along_last(x, ops.maximum(self.step, 0)), 0.0)
+
+
+def _first_coordinates(keys):
+    """Where the first window begins along each axis: `(B, 1)`, or 0 without padding."""
+    num_axes = 1 if keys.grid is None else len(keys.grid)
+    if keys.mask is None:
+        return [0] * num_axes
+    mask = to_grid(keys.mask, keys.grid)
+    starts = []
+    for axis in range(1, 1 + num_axes):
+        others = [other for other in range(1, 1 + num_axes) if other != axis]
+        along = ops.any(mask, axis=others) if others else mask
+        starts.append(ops.expand_dims(first_valid(along), axis=1))
+    return starts
+
+
+def _positions(num_steps, sizes, counts, scale, starts):
+    """The key at each step, `(n,)` or `(B, n)`, and whether there is one."""
+    step = ops.arange(num_steps, dtype="int32")
+    window_size = scale ** len(sizes)
+    window = coordinates(step // window_size, counts)
+    offset = coordinates(step % window_size, (scale,) * len(sizes))
+    inside, nearest = None, []
+    for size, start, w, o in zip(sizes, starts, window, offset):
+        coordinate = start + w * scale + o
+        inside = masks.intersect(inside, coordinate < size)
+        nearest.append(ops.minimum(coordinate, size - 1))
+    if len(inside.shape) == 1:
+        inside = ops.expand_dims(inside, axis=0)
+    return raster(nearest, sizes), inside
+
+
+def _steps(length, sizes, counts, scale, starts):
+    """The step of each key, `(S,)` or `(B, S)`; -1 in front of the first windows."""
+    key = coordinates(ops.arange(length, dtype="int32"), sizes)
+    steps = [coordinate - start for coordinate, start in zip(key, starts)]
+    window = raster([step // scale for step in steps], counts)
+    offset = raster([step % scale for step in steps], (scale,) * len(sizes))
+    step, known = window * scale ** len(sizes) + offset, None
+    for along in steps:
+        known = masks.intersect(known, along >= 0)
+    return ops.where(known, step, -1)
 
 
 def _take_along_last(x, index):
-    """Reads `x`, `(b, h, t, S)`, at `index`, `(B, n)`, along its last axis."""
+    """Reads `x`, `(b, h, t, n)`, at `index`, `(m,)` or `(B, m)`, along its last axis."""
+    if len(index.shape) == 1:
+        return ops.take(x, index, axis=-1)
     shape = (ops.shape(index)[0],) + tuple(ops.shape(x)[1:])
     return ops.take_along_axis(
         ops.broadcast_to(x, shape), ops.expand_dims(index, axis=(1, 2)), axis=-1

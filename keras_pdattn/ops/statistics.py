@@ -7,7 +7,13 @@ numbers: keys whose mean is many times their spread keep their variance.
 from keras import ops
 
 from keras_pdattn.ops.dtypes import cumulative_sum, widen
-from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time
+from keras_pdattn.ops.indexing import (
+    append_axes,
+    delay,
+    first_valid,
+    lead_with_zero,
+    take_along_time,
+)
 
 
 def moments(x, mask=None):
@@ -67,10 +73,10 @@ def prefix_moments(x, limit, mask=None):
     weight = append_axes(weight, 2)
     count = cumulative_sum(weight, axis=1)
     mean = cumulative_sum(x * weight, axis=1) / ops.maximum(count, 1)
-    deviation = x - _delay(mean)
+    deviation = x - delay(mean)
     share = weight * (count - weight) / ops.maximum(count, 1)
     squares = cumulative_sum(share * ops.square(deviation), axis=1)
-    return tuple(take_along_time(_lead_with_zero(y), limit) for y in (count, mean, squares))
+    return tuple(take_along_time(lead_with_zero(y), limit) for y in (count, mean, squares))
 
 
 def append_example(moments_before, x, mask=None):
@@ -88,13 +94,3 @@ def append_example(moments_before, x, mask=None):
     share = weight / ops.maximum(total, 1)
     deviation = x - mean
     return total, mean + share * deviation, squares + count * share * ops.square(deviation)
-
-
-def _lead_with_zero(x):
-    """Puts the empty prefix in front of `x` along time."""
-    return ops.pad(x, [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))
-
-
-def _delay(x):
-    """Shifts `x` one step later along time, a zero coming in."""
-    return _lead_with_zero(x)[:, :-1]

@@ -1,0 +1,99 @@
+"""Causal attention by its definition: each query fitted on its own prefix, a block at a time."""
+
+import dataclasses
+
+from keras import ops
+
+#: Queries whose prefixes are held at once: their memory is that many times the keys'.
+BLOCK = 16
+
+
+def prefix_by_prefix(solve, queries, keys, is_pointwise):
+    """Solves, for each query, the problem of the keys up to it.
+
+    For members that can't serve all queries of a causal call at once. Every
+    query becomes a sequence of its own, whose keys beyond it are padding.
+
+    Args:
+        solve: function from `Queries` and `Examples` to `(output, scores)`.
+        queries: `Queries`, T of them.
+        keys: `Examples` that are the keys themselves, S of them.
+        is_pointwise: whether transforms look at each query alone.
+
+    Returns:
+        `(output, scores)`, scores `None` where `solve` gives none.
+    """
+    query_length = ops.shape(queries.x)[1]
+    if isinstance(query_length, int) and query_length <= BLOCK:
+        return _solve_at(
+            ops.arange(query_length, dtype="int32"), solve, queries, keys, is_pointwise
+        )
+    count = (query_length + BLOCK - 1) // BLOCK
+    positions = ops.minimum(ops.arange(count * BLOCK, dtype="int32"), query_length - 1)
+
+    def solve_block(block):
+        output, scores = _solve_at(block, solve, queries, keys, is_pointwise)
+        return (output,) if scores is None else (output, scores)
+
+    output, *scores = ops.map(solve_block, ops.reshape(positions, (count, BLOCK)))
+    output = _join(output, 1)[:, :query_length]
+    return output, _join(scores[0], 2)[:, :, :query_length] if scores else None
+
+
+def _join(blocks, axis):
+    """Turns `(count, ...)` blocks along `axis` of a batch into one."""
+    blocks = ops.moveaxis(blocks, 0, axis)
+    shape = ops.shape(blocks)
+    merged = (shape[axis] * shape[axis + 1],)
+    return ops.reshape(blocks, tuple(shape[:axis]) + merged + tuple(shape[axis + 2 :]))
+
+
+def _solve_at(positions, solve, queries, keys, is_pointwise):
+    """Solves for the queries at `positions`, `(n,)`."""
+    batch, key_length = ops.shape(keys.key)[0], ops.shape(keys.key)[1]
+    count = ops.shape(positions)[0]
+
+    def rows(x):
+        """Gives each prefix a copy of its sequence."""
+        return ops.repeat(x, count, axis=0)
+
+    def prefix_mask(mask, length):
+        reached = ops.arange(length, dtype="int32") <= ops.expand_dims(positions, axis=-1)
+        reached = ops.tile(reached, (batch, 1))
+        return reached if mask is None else ops.logical_and(reached, rows(mask))
+
+    end = ops.tile(positions, (batch,))
+    if is_pointwise:
+        x = ops.take(queries.x, positions, axis=1)
+        x = ops.reshape(x, (batch * count, 1) + tuple(ops.shape(x)[2:]))
+        prefix_queries = dataclasses.replace(queries, x=x, mask=None, end=end)
+    else:
+        length = ops.shape(queries.x)[1]
+        prefix_queries = dataclasses.replace(
+            queries, x=rows(queries.x), mask=prefix_mask(queries.mask, length), end=end
+        ).zero_padding()
+    visible = keys.visible
+    if visible is not None:
+        if visible.shape[2] != 1:
+            visible = ops.take(visible, positions, axis=2)
+        visible = ops.transpose(visible, (0, 2, 1, 3))
+        heads_and_keys = tuple(ops.shape(visible)[2:])
+        visible = ops.broadcast_to(visible, (batch, count) + heads_and_keys)
+        visible = ops.expand_dims(ops.reshape(visible, (batch * count,) + heads_and_keys), axis=2)
+    prefix_keys = dataclasses.replace(
+        keys,
+        key=rows(keys.key),
+        value=rows(keys.value),
+        mask=prefix_mask(keys.mask, key_length),
+        limit=None,
+        is_triangular=False,
+        is_prefix=True,
+        visible=visible,
+    ).zero_padding()
+    output, scores = solve(prefix_queries, prefix_keys)
+    output = ops.reshape(output, (batch, count) + tuple(ops.shape(output)[2:]))
+    if scores is not None:
+        shape = ops.shape(scores)
+        scores = ops.reshape(scores, (batch, count, shape[1], shape[3]))
+        scores = ops.transpose(scores, (0, 2, 1, 3))
+    return output, scores

@@ -1,0 +1,177 @@
+"""Laws 1, 3, 4, 5 and 11 of every combination of feature map, transform and training set.
+
+Over a sequence and over a grid, each on one problem with all kinds of masks;
+`test_laws.py` searches through problems, for fewer members.
+"""
+
+import backends
+import numpy as np
+import pytest
+from members import EVERY_MEMBER
+from problems import Problem, assert_close
+
+every_member = pytest.mark.parametrize("member", EVERY_MEMBER, ids=str)
+causal_or_not = pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+
+GRID = (3, 3)
+
+
+#: One for each scale of the members with three.
+HEADS = 3
+
+
+def problem_of(member, masked=True, **options):
+    """Queries, keys and values for attention over 7 positions or a grid of 3 x 3."""
+    rng = np.random.default_rng(3)
+    length = 7
+    if member.num_axes == 2:
+        length = GRID[0] * GRID[1]
+        options = {"query_grid": GRID, "key_grid": GRID, **options}
+    if masked:
+        options["key_mask"] = rng.random((2, length)) < 0.7
+        options["query_mask"] = rng.random((2, length)) < 0.8
+        options["mask"] = rng.random((2, HEADS, length, length)) < 0.9
+    query, key = rng.normal(size=(2, 2, length, HEADS, 4)).astype("float32")
+    value = rng.normal(size=(2, length, HEADS, 3)).astype("float32")
+    return Problem(query, key, value, options)
+
+
+def check_against_oracle(member, problem):
+    expected, expected_scores = problem.oracle(member)
+    tolerance = problem.tolerance(member)
+    assert_close(problem.solve(member), expected, tolerance)
+    output, scores = problem.solve(member, return_scores=True)
+    assert_close(output, expected, tolerance)
+    assert_close(scores, expected_scores, tolerance)
+    assert_close(scores.sum(axis=-1), expected_scores.sum(axis=-1).round(), 1e-5)
+    assert_close(np.einsum("bhts,bshd->bthd", scores, problem.value), output, 2e-5)
+
+
+@every_member
+@causal_or_not
+def test_oracle(member, is_causal):
+    """Laws 1 and 5: outputs and scores are those of the literal definition."""
+    check_against_oracle(member, problem_of(member, masked=False, is_causal=is_causal))
+    check_against_oracle(member, problem_of(member, is_causal=is_causal))
+
+
+@every_member
+@causal_or_not
+def test_gradients_and_float64(member, is_causal):
+    """Law 1: outputs to 1e-12, and the slope of a loss along a random direction."""
+    problem = problem_of(member, is_causal=is_causal).cast("float64")
+    rng = np.random.default_rng(0)
+    expected, _ = problem.oracle(member)
+    cotangent = rng.normal(size=expected.shape)
+    with backends.float64():
+        assert_close(problem.solve(member), expected, problem.tolerance(member))
+        gradients = problem.gradients(member, cotangent)
+    directions = [rng.normal(size=x.shape) for x in problem.arrays]
+    slopes = []
+    for step in (1e-5, 1e-6):
+        ends = []
+        for sign in (1, -1):
+            moved = [x + sign * step * d for x, d in zip(problem.arrays, directions)]
+            there = Problem(*moved, problem.options)
+            ends.append((there.oracle(member)[0] * cotangent).sum())
+        slopes.append((ends[0] - ends[1]) / (2 * step))
+    # Where the oracle's two estimates differ, so may ours.
+    tolerance = 1e-6 * max(1.0, abs(slopes[1])) + 10 * abs(slopes[0] - slopes[1])
+    assert_close(sum((g * d).sum() for g, d in zip(gradients, directions)), slopes[1], tolerance)
+
+
+@every_member
+def test_prefix(member):
+    """Law 3: a causal output is that of a call on the prefix, and the future has no gradient."""
+    problem = problem_of(member, is_causal=True)
+    full, tolerance = problem.solve(member), problem.tolerance(member)
+    end = 4 if member.num_axes == 1 else 2 * GRID[1]
+    options = dict(problem.options)
+    for name in ("key_mask", "query_mask"):
+        options[name] = options[name][:, :end]
+    options["mask"] = options["mask"][:, :, :end, :end]
+    if member.num_axes == 2:
+        options.update(query_grid=(2, GRID[1]), key_grid=(2, GRID[1]))
+    prefix = Problem(*(x[:, :end] for x in problem.arrays), options)
+    assert_close(prefix.solve(member)[:, -1], full[:, end - 1], tolerance)
+    if all(transform.is_pointwise for transform in member.primal.transform):
+        whole = prefix.replace(is_causal=False)
+        assert_close(whole.solve(member)[:, -1], full[:, end - 1], tolerance)
+    cotangent = np.zeros(full.shape, "float32")
+    cotangent[:, :end] = 1.0
+    for gradient in problem.gradients(member, cotangent):
+        assert np.isfinite(gradient).all()
+        assert (gradient[:, end:] == 0).all()
+
+
+def pad(x, num_axes, axis, front, back, fill):
+    """Adds `fill` around the positions of `x`, which begin at `axis`."""
+    grid = GRID if num_axes == 2 else x.shape[axis : axis + 1]
+    x = x.reshape(x.shape[:axis] + tuple(grid) + x.shape[axis + 1 :])
+    around = range(axis, axis + num_axes)
+    width = [(front, back) if at in around else (0, 0) for at in range(x.ndim)]
+    x = np.pad(x, width, constant_values=fill)
+    return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + num_axes :])
+
+
+@every_member
+@causal_or_not
+def test_padding(member, is_causal):
+    """Law 4: padding on every side, whatever it holds, changes no output and no gradient."""
+    problem = problem_of(member, is_causal=is_causal).cast("float64")
+    front, back = 1, 2
+
+    def padded(x, fill, axis=1):
+        return pad(x, member.num_axes, axis, front, back, fill)
+
+    options = dict(problem.options)
+    for name in ("key_mask", "query_mask"):
+        options[name] = padded(options[name], False)
+    options["mask"] = padded(padded(options["mask"], True, axis=2), True, axis=3)
+    if member.num_axes == 2:
+        grid = tuple(size + front + back for size in GRID)
+        options.update(query_grid=grid, key_grid=grid)
+    wider = Problem(*(padded(x, 1e200) for x in problem.arrays), options)
+    inside = padded(np.ones(problem.query.shape[:2], bool), False)
+    rng = np.random.default_rng(0)
+    cotangent = rng.normal(size=problem.value.shape)
+    with backends.float64():
+        output, wider_output = problem.solve(member), wider.solve(member)
+        gradients = problem.gradients(member, cotangent)
+        wider_gradients = wider.gradients(member, padded(cotangent, 1.0))
+    assert_close(wider_output[inside], output.reshape(-1, HEADS, 3), problem.tolerance(member))
+    assert (wider_output[~inside] == 0).all()
+    for gradient, wider_gradient in zip(gradients, wider_gradients):
+        size = max(1.0, np.abs(gradient).max())
+        gradient = gradient.reshape(-1, *gradient.shape[2:])
+        assert_close(wider_gradient[inside], gradient, 1e-6 * size)
+        assert (wider_gradient[~inside] == 0).all()
+
+
+@every_member
+@causal_or_not
+def test_masks(member, is_causal):
+    """Law 11: true hides nothing, false hides, and who sees nothing gets zero."""
+    problem = problem_of(member, masked=False, is_causal=is_causal)
+    length = problem.query.shape[1]
+    plain = problem.solve(member)
+    shapes = {"mask": (2, 1, length, length), "key_mask": (2, length), "query_mask": (2, length)}
+    transparent = {name: np.ones(shape, "int32") for name, shape in shapes.items()}
+    assert_close(problem.replace(**transparent).solve(member), plain, 1e-5)
+    hiding = {name: np.ones(shape, bool) for name, shape in shapes.items()}
+    hiding["mask"][:, :, -1, -3:] = False
+    hiding["key_mask"][1, -2:] = False
+    hiding["query_mask"][1, 3] = False
+    for name, mask in hiding.items():
+        assert np.abs(problem.replace(**{name: mask}).solve(member) - plain).max() > 1e-4, name
+    blind = transparent["mask"].astype(bool)
+    blind[:, :, 1] = False
+    no_keys = np.array([[True] * length, [False] * length])
+    problem = problem.replace(mask=blind, key_mask=no_keys)
+    output, scores = problem.solve(member, return_scores=True)
+    for result in (problem.solve(member), output):
+        assert (result[:, 1] == 0).all() and (result[1] == 0).all()
+    assert (scores[:, :, 1] == 0).all() and (scores[1] == 0).all()
+    for gradient in problem.gradients(member, np.ones_like(output, "float32")):
+        assert np.isfinite(gradient).all()
+        assert (gradient[1] == 0).all()
