@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 BACKENDS := tensorflow jax torch
 PYTEST := $(BIN)/python -m pytest -n 2 -q
 
-.PHONY: help demo test test-slow $(BACKENDS:%=test-%) lint bench docs clean
+.PHONY: help demo test test-family test-slow $(BACKENDS:%=test-%) lint bench docs clean
 
 help:  ## Lists the targets.
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/:/'
@@ -31,11 +31,16 @@ test-slow: $(VENV)/.installed  ## Runs the thorough tests on every backend; take
 		KERAS_BACKEND=$$backend HYPOTHESIS_PROFILE=thorough $(PYTEST) -m 'slow or not slow' || exit 1; \
 	done
 
+test-family: $(VENV)/.installed  ## Runs the laws of every combination on every backend; takes 40 minutes.
+	for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend $(PYTEST) -m 'slow or not slow' tests/test_family.py || exit 1; \
+	done
+
 lint: $(VENV)/.installed  ## Checks style.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed  ## Measures the layers against keras.layers.MultiHeadAttention.
+bench: $(VENV)/.installed  ## Measures how time grows with the length; BACKEND=jax switches.
 	KERAS_BACKEND=$(BACKEND) $(BIN)/python -m benchmarks
 
 docs: $(VENV)/.installed  ## Builds the documentation into site/, warnings being errors.

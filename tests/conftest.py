@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, settings
 # JAX compiles every op for every shape, which leaves less time for examples.
 settings.register_profile(
     "default",
-    max_examples=4 if keras.backend.backend() == "jax" else 12,
+    max_examples=2 if keras.backend.backend() == "jax" else 12,
     deadline=None,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],

@@ -112,6 +112,15 @@ SEQUENCE_MEMBERS, GRID_MEMBERS = product(1), product(2)
 EVERY_MEMBER = SEQUENCE_MEMBERS + GRID_MEMBERS
 
 
+def pairs(members):
+    """A fifth of `members`, among which any two choices meet."""
+    kinds = itertools.product(range(5), range(len(members) // 25), range(5))
+    return [member for member, kind in zip(members, kinds) if sum(kind) % 5 == 0]
+
+
+PAIRS = pairs(SEQUENCE_MEMBERS) + pairs(GRID_MEMBERS)
+
+
 def _named(*names):
     return next(m for m in SEQUENCE_MEMBERS if m.name == "-".join(filter(None, names)))
 

@@ -1,16 +1,25 @@
 """Laws 1, 3, 4, 5 and 11 of every combination of feature map, transform and training set.
 
 Over a sequence and over a grid, each on one problem with all kinds of masks;
-`test_laws.py` searches through problems, for fewer members.
+`test_laws.py` searches through problems, for fewer members. Every combination on torch;
+on the other backends, which compile each op for each shape, combinations in which any
+two choices meet, and the rest are slow (`make test-family`).
 """
 
 import backends
 import numpy as np
 import pytest
-from members import EVERY_MEMBER
+from members import EVERY_MEMBER, PAIRS
 from problems import Problem, assert_close
 
-every_member = pytest.mark.parametrize("member", EVERY_MEMBER, ids=str)
+
+def family():
+    for member in EVERY_MEMBER:
+        is_slow = backends.BACKEND != "torch" and member not in PAIRS
+        yield pytest.param(member, marks=[pytest.mark.slow] if is_slow else [], id=str(member))
+
+
+every_member = pytest.mark.parametrize("member", family())
 causal_or_not = pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
 
 GRID = (3, 3)

@@ -1,22 +1,17 @@
-"""Laws 1, 3, 4, 5, 6 and 11 of every member, at the level of `ops.attention`."""
+"""Laws 1, 3, 4, 5 and 6, on problems that hypothesis finds and on special ones."""
 
 import backends
 import hypothesis
 import numpy as np
 import pytest
-from keras import ops as keras_ops
 from members import MEMBERS, VARIANTS
-from problems import Problem, problems
+from problems import Problem, assert_close, problems
 
-from keras_pdattn import Primal, ops, training_sets, transforms
+from keras_pdattn import Primal, feature_maps, ops, training_sets, transforms
 
 every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 every_variant = pytest.mark.parametrize("member", MEMBERS + VARIANTS, ids=str)
-few_examples = hypothesis.settings(max_examples=2 if backends.BACKEND == "jax" else 5)
-
-
-def assert_close(actual, expected, tolerance):
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
+few_examples = hypothesis.settings(max_examples=1 if backends.BACKEND == "jax" else 4)
 
 
 @every_variant
@@ -47,16 +42,6 @@ def test_oracle_in_float64(member, problem):
     assert_close(scores, expected_scores, problem.tolerance(member))
 
 
-def loss_gradients(member, problem, cotangent):
-    """Gradients of `sum(output * cotangent)` with respect to query, key and value."""
-
-    def loss(query, key, value):
-        output = ops.attention(query, key, value, member.primal, **problem.options)
-        return keras_ops.sum(output * keras_ops.convert_to_tensor(cotangent))
-
-    return backends.gradients(loss, problem.arrays)
-
-
 @every_member
 @few_examples
 @hypothesis.given(problem=problems())
@@ -67,7 +52,7 @@ def test_gradients(member, problem):
     output, _ = problem.oracle(member)
     cotangent = rng.normal(size=output.shape)
     with backends.float64():
-        grads = loss_gradients(member, problem, cotangent)
+        grads = problem.gradients(member, cotangent)
     for name, array, gradient in zip(("query", "key", "value"), problem.arrays, grads):
         direction = rng.normal(size=array.shape)
         slopes = []
@@ -93,8 +78,9 @@ def test_prefix(member, problem):
     for end in (1, length // 2 + 1):
         prefix = cut(problem, end)
         assert_close(prefix.solve(member)[:, -1], full[:, end - 1], tolerance)
-        whole = prefix.replace(is_causal=False)
-        assert_close(whole.solve(member)[:, -1], full[:, end - 1], tolerance)
+        if all(transform.is_pointwise for transform in member.primal.transform):
+            whole = prefix.replace(is_causal=False)
+            assert_close(whole.solve(member)[:, -1], full[:, end - 1], tolerance)
 
 
 def cut(problem, end):
@@ -110,40 +96,16 @@ def cut(problem, end):
 
 @every_member
 @few_examples
-@hypothesis.given(problem=problems(self_attention=True, causal=(True,)))
-def test_future_has_no_gradient(member, problem):
-    """Law 3: the gradient of the first outputs is exactly zero at later keys."""
-    seen = 2
-    output, _ = problem.oracle(member)
-    cotangent = np.zeros(output.shape, "float32")
-    cotangent[:, :seen] = 1.0
-    grads = loss_gradients(member, problem, cotangent)
-    for gradient in grads:
-        assert np.isfinite(gradient).all()
-        assert (gradient[:, seen:] == 0).all()
-
-
-@every_member
-@few_examples
 @hypothesis.given(problem=problems(self_attention=True))
 def test_padding(member, problem):
     """Law 4: padding on either side, whatever it holds, changes no output and no gradient."""
     problem = problem.cast("float64")
     cotangent = np.random.default_rng(0).normal(size=problem.oracle(member)[0].shape)
     with backends.float64():
-        check_padding(member, problem, cotangent, garbage=1e200, gradient_tolerance=1e-6)
+        check_padding(member, problem, cotangent, garbage=1e200)
 
 
-@every_member
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_padding_in_float32(member, is_causal):
-    problem = fixed_problem(is_causal=is_causal)
-    cotangent = np.random.default_rng(0).normal(size=problem.value.shape).astype("float32")
-    cotangent[:, :3] = 0  # Prefixes of two keys have gradients that float32 hardly holds.
-    check_padding(member, problem, cotangent, garbage=1e30, gradient_tolerance=1e-4)
-
-
-def check_padding(member, problem, cotangent, garbage, gradient_tolerance):
+def check_padding(member, problem, cotangent, garbage):
     front, back = 2, 3
     inside = slice(front, -back)
     padded = pad(problem, front, back, garbage)
@@ -151,11 +113,11 @@ def check_padding(member, problem, cotangent, garbage, gradient_tolerance):
     assert_close(output[:, inside], expected, problem.tolerance(member))
     assert (output[:, :front] == 0).all() and (output[:, -back:] == 0).all()
     padded_cotangent = np.pad(cotangent, [(0, 0), (front, back), (0, 0), (0, 0)])
-    grads = loss_gradients(member, problem, cotangent)
-    padded_grads = loss_gradients(member, padded, padded_cotangent)
+    grads = problem.gradients(member, cotangent)
+    padded_grads = padded.gradients(member, padded_cotangent)
     for gradient, padded_gradient in zip(grads, padded_grads):
         size = max(1.0, np.abs(gradient).max())
-        assert_close(padded_gradient[:, inside], gradient, gradient_tolerance * size)
+        assert_close(padded_gradient[:, inside], gradient, 1e-6 * size)
         assert (padded_gradient[:, :front] == 0).all()
         assert (padded_gradient[:, -back:] == 0).all()
 
@@ -178,39 +140,6 @@ def pad(problem, front, back, garbage):
 
 
 @every_member
-@few_examples
-@hypothesis.given(problem=problems(self_attention=True))
-def test_seeing_nothing_gives_zero(member, problem):
-    """Law 11: a query that may see nothing outputs exactly zero, with finite gradients."""
-    length, key_length = problem.query.shape[1], problem.key.shape[1]
-    mask = np.ones((1, 1, length, key_length), bool)
-    mask[:, :, 1] = False
-    problem = problem.replace(mask=mask)
-    output, scores = problem.solve(member, return_scores=True)
-    for result in (problem.solve(member), output):
-        assert (result[:, 1] == 0).all()
-    assert (scores[:, :, 1] == 0).all()
-    for gradient in loss_gradients(member, problem, np.ones_like(output, "float32")):
-        assert np.isfinite(gradient).all()
-
-
-@every_member
-def test_no_valid_key_gives_zero(member):
-    """Law 11 for a batch whose second sequence is all padding."""
-    problem = fixed_problem()
-    key_mask = np.array([[True] * 7, [False] * 7])
-    for is_causal in (False, True):
-        blind = problem.replace(key_mask=key_mask, is_causal=is_causal)
-        output = blind.solve(member)
-        assert (output[1] == 0).all()
-        alone = Problem(*(x[:1] for x in problem.arrays), {"is_causal": is_causal})
-        assert_close(output[:1], alone.solve(member), problem.tolerance(member))
-        for gradient in loss_gradients(member, blind, np.ones_like(output, "float32")):
-            assert np.isfinite(gradient).all()
-            assert (gradient[1] == 0).all()
-
-
-@every_member
 @pytest.mark.parametrize("is_causal", [False, True])
 def test_padding_inside_windows(member, is_causal):
     """Windows that start with padding, hold nothing else, or end with it."""
@@ -229,64 +158,81 @@ def fixed_problem(**options):
 
 
 @every_member
-def test_every_mask_acts(member):
-    """Law 11: no mask argument is inert, and one that hides nothing is as good as none."""
-    rng = np.random.default_rng(0)
-    problem = fixed_problem()
-    plain = problem.solve(member)
-    hiding = {
-        "mask": rng.random((2, 1, 7, 7)) < 0.6,
-        "key_mask": np.arange(7) < np.array([[5], [6]]),
-        "query_mask": np.arange(7) < np.array([[5], [6]]),
-    }
-    for name, mask in hiding.items():
-        masked = problem.replace(**{name: mask}).solve(member)
-        assert np.abs(masked - plain).max() > 1e-3, name
-        as_integers = problem.replace(**{name: mask.astype("int32")}).solve(member)
-        assert_close(as_integers, masked, 0)
-        nothing = problem.replace(**{name: np.ones_like(mask)}).solve(member)
-        assert_close(nothing, plain, 1e-6)
-    causal = problem.replace(is_causal=True).solve(member)
-    assert np.abs(causal - plain).max() > 1e-3
-    windowed = problem.replace(sliding_window=3).solve(member)
-    assert np.abs(windowed - plain).max() > 1e-3
-    assert np.abs(windowed - problem.replace(sliding_window=4).solve(member)).max() > 1e-3
-
-
-@every_member
-def test_mask_and_causality_are_both_kept(member):
-    """A mask under a causal call hides what it hides, and the future too."""
-    mask = np.random.default_rng(0).random((2, 4, 7, 7)) < 0.6
-    past = np.tril(np.ones((7, 7), bool))
-    problem = fixed_problem(is_causal=True)
-    both = problem.replace(mask=mask).solve(member)
-    assert_close(both, problem.replace(mask=mask & past).solve(member), 0)
-    assert np.abs(both - problem.solve(member)).max() > 1e-3
-
-
-@every_member
-def test_wide_window_is_none(member):
-    """Law 6: a window as wide as the sequence restricts nothing."""
+def test_window_of_any_member(member):
+    """A1, A3 and law 6: `sliding_window` acts, with causality, unless as wide as the sequence."""
     for is_causal in (False, True):
         problem = fixed_problem(is_causal=is_causal)
+        plain = problem.solve(member)
         wide = problem.replace(sliding_window=7)
-        assert_close(wide.solve(member), problem.solve(member), 1e-6)
+        assert_close(wide.solve(member), plain, 1e-5)
+        if member.primal.training_set != training_sets.SlidingWindow(2):
+            windowed = problem.replace(sliding_window=3)
+            expected, _ = windowed.oracle(member)
+            assert_close(windowed.solve(member), expected, problem.tolerance(member))
+            assert np.abs(expected - plain).max() > 1e-3
 
 
 @every_member
 def test_values_of_one_give_one(member):
-    """Law 6: the weights of a query are a partition of one."""
+    """Law 6: the weights of a query are a partition of one, where it sees anything."""
     for options in ({}, {"is_causal": True}, {"key_mask": np.arange(7) < np.array([[5], [6]])}):
         problem = fixed_problem(**options)
         problem = problem.replace(value=np.ones_like(problem.value))
-        assert_close(problem.solve(member), np.ones((2, 7, 4, 4)), 1e-6)
+        _, scores = problem.oracle(member)
+        sums = np.moveaxis(scores.sum(axis=-1), 1, 2)
+        assert sums.mean() > 0.7
+        assert_close(problem.solve(member), np.repeat(sums[..., None], 4, axis=-1), 1e-6)
 
 
 @every_member
 def test_causal_position_zero(member):
-    """The first query of a causal call can only give the first value."""
+    """The first query of a causal call can only give the first value, or none."""
     problem = fixed_problem(is_causal=True)
-    assert_close(problem.solve(member)[:, 0], problem.value[:, 0], 1e-6)
+    expected, _ = problem.oracle(member)
+    output = problem.solve(member)[:, 0]
+    assert_close(output, expected[:, 0], 1e-6)
+    is_first = np.isclose(output, problem.value[:, 0], atol=1e-6)
+    assert (is_first | (output == 0)).all()
+    assert member.primal.feature_map == feature_maps.Relu() or is_first.all()
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(
+    "transform", ["conv1d", transforms.Conv1D(5), transforms.Conv2D(3, (2, 3), 1)]
+)
+def test_a_fresh_convolution_is_none(transform, is_causal):
+    """Law 6: until it has learned something, a convolution is the identity."""
+    problem = fixed_problem(is_causal=is_causal)
+    plain = ops.attention(*problem.arrays, "softmax", is_causal=is_causal)
+    convolved = ops.attention(*problem.arrays, Primal(transform=transform), is_causal=is_causal)
+    assert_close(backends.to_numpy(convolved), backends.to_numpy(plain), 1e-6)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_a_convolution_looks_as_far_as_its_kernel(is_causal):
+    """P5: a key moves the scores of its neighbours, and causally of later ones only."""
+    problem = fixed_problem(is_causal=is_causal)
+    kernel = np.ones((3, 4, 4), "float32")
+
+    def scores(key):
+        _, scores = ops.attention(
+            problem.query,
+            key,
+            problem.value,
+            Primal("elu", "conv1d"),
+            weights=[{"kernel": kernel}, {}],
+            is_causal=is_causal,
+            return_scores=True,
+        )
+        return backends.to_numpy(scores)
+
+    moved = problem.key.copy()
+    moved[:, 3] += 1.0
+    before, after = scores(problem.key), scores(moved)
+    # Of the last query, whose normaliser cancels in the ratio of two keys.
+    ratio = (after / after[..., :1])[:, :, -1] / (before / before[..., :1])[:, :, -1]
+    changed = np.abs(ratio - 1).max(axis=(0, 1)) > 1e-5
+    assert list(np.flatnonzero(changed)) == ([3, 4] if is_causal else [2, 3, 4])
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
@@ -327,11 +273,10 @@ def test_batch_norm_is_invariant(training_set, is_causal):
 def test_identical_keys(member):
     """Keys without any spread share their weight evenly, for any member, and stay finite."""
     problem = fixed_problem()
-    problem = problem.replace(key=np.ones_like(problem.key))
     for is_causal in (False, True):
-        expected, _ = problem.replace(is_causal=is_causal).oracle(member)
-        output = problem.replace(is_causal=is_causal).solve(member)
-        assert_close(output, expected, 1e-5)
+        same = problem.replace(key=np.ones_like(problem.key), is_causal=is_causal)
+        expected, _ = same.oracle(member)
+        assert_close(same.solve(member), expected, same.tolerance(member))
 
 
 @every_member

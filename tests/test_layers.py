@@ -11,15 +11,26 @@ import reference
 from keras import ops as keras_ops
 from members import MEMBERS
 
-from keras_pdattn import layers, ops
+from keras_pdattn import feature_maps, layers, ops
 
 LAYERS = [
     layers.PrimalDualAttention,
     layers.BatchNormAttention,
     layers.ScaledHeadAttention,
     layers.BatchNormScaledHeadAttention,
+    layers.LinearAttention,
+    layers.SlidingWindowAttention,
+    layers.Conv1DAttention,
+    layers.Conv2DAttention,
 ]
 every_layer = pytest.mark.parametrize("cls", LAYERS, ids=lambda cls: cls.__name__)
+
+
+def needed(cls):
+    """Arguments a layer needs for flat inputs of five positions."""
+    return {"grid": (5, 1)} if cls is layers.Conv2DAttention else {}
+
+
 every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
 QUERY, VALUE = (
@@ -37,14 +48,22 @@ def built(member, num_heads=4, key_dim=6, **arguments):
     layer.build(QUERY.shape, VALUE.shape, KEY.shape)
     # Biases start at zero, where no test would miss one.
     rng = np.random.default_rng(1)
-    layer.set_weights([rng.normal(size=w.shape) / 3 for w in layer.get_weights()])
+    weights = [rng.normal(size=w.shape) / 3 for w in projections(layer)]
+    weights += [w for one in member.weights(num_heads, key_dim) for w in one.values()]
+    layer.set_weights(weights)
     return layer
+
+
+def projections(layer):
+    """The weights that Keras's layer has too."""
+    return [w for w in layer.weights if "/primal/" not in w.path]
 
 
 def by_hand(layer, member, query, value, key, **options):
     """Projections in float64, the oracle between them."""
-    weights = [w.astype("float64") for w in layer.get_weights()]
-    names = [variable.path.split("/")[-2] for variable in layer.weights]
+    variables = projections(layer)
+    weights = [values(w).astype("float64") for w in variables]
+    names = [variable.path.split("/")[-2] for variable in variables]
     kernels = dict(zip(names[::2], weights[::2]))
     biases = dict(zip(names[1::2], weights[1::2]))
 
@@ -196,6 +215,13 @@ def test_every_argument_survives_the_round_trip(cls):
         "learn_beta": True,
         "scales": [1, 3],
         "reduction": "first",
+        "feature_map": feature_maps.serialize(feature_maps.PositiveRandom(7, seed=2)),
+        "size": 5,
+        "dilation": 2,
+        "global_tokens": 1,
+        "kernel_size": 5,
+        "grid": [2, 3],
+        "class_tokens": 2,
         "name": "other",
         "dtype": "bfloat16",
         "trainable": False,
@@ -218,14 +244,16 @@ def test_every_argument_survives_the_round_trip(cls):
 @every_layer
 def test_drop_in_names_weights_and_config(cls):
     """Law 2: names, paths, order and shapes of weights are those of Keras's layer."""
-    ours = cls(4, 6, value_dim=5, use_gate=True, name="attention")
+    ours = cls(4, 6, value_dim=5, use_gate=True, name="attention", **needed(cls))
     keras_layer = keras.layers.MultiHeadAttention(
         4, 6, value_dim=5, use_gate=True, name="attention"
     )
     for layer in (ours, keras_layer):
         layer.build(QUERY.shape, VALUE.shape)
-    assert [w.path for w in ours.weights] == [w.path for w in keras_layer.weights]
-    assert [w.shape for w in ours.weights] == [w.shape for w in keras_layer.weights]
+    count = len(keras_layer.weights)
+    assert [w.path for w in ours.weights[:count]] == [w.path for w in keras_layer.weights]
+    assert [w.shape for w in ours.weights[:count]] == [w.shape for w in keras_layer.weights]
+    assert all(w.path.startswith("attention/primal/") for w in ours.weights[count:])
     assert {*keras_layer.get_config()} <= {*ours.get_config()} - {"primal"}
     assert {*dir(keras_layer)} <= {*dir(ours)}
 
@@ -384,6 +412,7 @@ def test_a_functional_model_of_unknown_length_trains(member):
     layer = layers.PrimalDualAttention(4, 6, primal=member.primal, dropout=0.1)
     model = keras.Model(inputs, layer(x, x, use_causal_mask=True))
     before = [values(w).copy() for w in model.trainable_weights]
+    drawn = [values(w).copy() for w in layer.non_trainable_weights]
     model.compile("adam", "mse")
     data = np.random.default_rng(0).normal(size=(4, 6, 12)).astype("float32")
     data[:, 4:] = 0
@@ -392,6 +421,8 @@ def test_a_functional_model_of_unknown_length_trains(member):
     for weight, start in zip(model.trainable_weights, before):
         if not weight.path.endswith("key/bias"):  # Softmax does not notice that one.
             assert np.abs(values(weight) - start).max() > 0, weight.path
+    for weight, start in zip(layer.non_trainable_weights, drawn):
+        np.testing.assert_array_equal(values(weight), start)
     assert model.predict(data[:, :3], verbose=0).shape == (4, 3, 12)
 
 
@@ -430,7 +461,7 @@ def test_nested_layers_save_and_load(cls, tmp_path):
     inputs = keras.Input((None, 12))
     x = keras.layers.Masking()(inputs)
     x = keras.layers.TimeDistributed(keras.layers.Dense(12))(x)
-    x = cls(4, 6, name="attention")(x, x)
+    x = cls(4, 6, name="attention", **needed(cls))(x, x)
     model = keras.Model(inputs, keras.layers.GlobalAveragePooling1D()(x))
     path = tmp_path / "model.keras"
     model.save(path)

@@ -7,16 +7,25 @@ import keras
 import numpy as np
 import pytest
 from members import MEMBERS, VARIANTS
-from user_members import Centered, EvenKeys, Gain, Scale, Squares, Unregistered
+from user_members import Centered, EvenKeys, Gain, NotCausal, Scale, Squares, Unregistered
 
 from keras_pdattn import Primal, feature_maps, layers, ops, primals, training_sets, transforms
 
 KINDS = {
-    feature_maps: ("feature map", ["softmax"], Squares),
-    transforms: ("transform", ["batch_norm"], Gain),
-    training_sets: ("training set", ["all_keys", "scaled_heads"], EvenKeys),
+    feature_maps: ("feature map", ["softmax", "elu", "relu", "taylor", "positive_random"], Squares),
+    transforms: ("transform", ["batch_norm", "conv1d", "conv2d"], Gain),
+    training_sets: ("training set", ["all_keys", "scaled_heads", "sliding_window"], EvenKeys),
 }
-NAMES = ["softmax", "batch_norm", "scaled_head", "batch_norm_scaled_head"]
+NAMES = [
+    "softmax",
+    "linear",
+    "sliding_window",
+    "batch_norm",
+    "scaled_head",
+    "batch_norm_scaled_head",
+    "conv1d",
+    "conv2d",
+]
 ALL = [member.primal for member in MEMBERS + VARIANTS] + [
     Primal(Squares()),
     Primal(transform=[Gain(), "batch_norm"], training_set=EvenKeys()),
@@ -47,6 +56,10 @@ def test_primals_by_name(name):
 def test_the_named_primals_are_what_they_say():
     scaled = training_sets.ScaledHeads((1, 2, 4, 8))
     assert primals.get("softmax") == Primal("softmax", None, "all_keys") == Primal()
+    assert primals.get("linear") == Primal("elu")
+    assert primals.get("sliding_window") == Primal(training_set=training_sets.SlidingWindow(64))
+    assert primals.get("conv1d") == Primal(transform=transforms.Conv1D(3))
+    assert primals.get("conv2d") == Primal(transform=transforms.Conv2D(3))
     assert primals.get("batch_norm") == Primal(transform=transforms.BatchNorm(1e-5))
     assert primals.get("scaled_head") == Primal(training_set=scaled)
     assert primals.get("batch_norm_scaled_head") == Primal("softmax", "batch_norm", scaled)
@@ -147,27 +160,68 @@ def test_layers_given_one_primal_share_nothing():
     assert float(second.weights[-1].value) == 1.0
 
 
-def test_a_transform_with_statistics_refuses_causal_calls_until_it_says_how():
-    x = np.ones((1, 3, 2, 4), "float32")
-    ops.attention(x, x, x, Primal(transform=Centered(1.0)))
-    with pytest.raises(ValueError, match="Centered has statistics.*causal"):
-        ops.attention(x, x, x, Primal(transform=Centered(1.0)), is_causal=True)
+@pytest.mark.parametrize(
+    "primal",
+    [
+        Primal(transform=Centered(1.0)),
+        Primal(Squares(), [Centered(0.5), "batch_norm"], EvenKeys()),
+        Primal(transform=["batch_norm", Gain()], training_set="scaled_heads"),
+    ],
+    ids=repr,
+)
+def test_a_users_members_are_causal_by_the_prefix_law(primal):
+    """Statistics included, without a word on causality in their classes."""
+    rng = np.random.default_rng(0)
+    query, key, value = rng.normal(size=(3, 2, 20, 4, 4)).astype("float32")
+    full = ops.attention(query, key, value, primal, is_causal=True)
+    for end in (2, 9, 20):
+        prefix = ops.attention(query[:, :end], key[:, :end], value[:, :end], primal)
+        np.testing.assert_allclose(
+            keras.ops.convert_to_numpy(full)[:, end - 1],
+            keras.ops.convert_to_numpy(prefix)[:, -1],
+            atol=2e-5,
+        )
 
 
-def test_causal_batch_norm_refuses_a_feature_map_that_notices_shifts():
+def test_a_member_that_is_not_causal_says_so():
     x = np.ones((1, 3, 2, 4), "float32")
-    primal = Primal(Squares(), "batch_norm")
-    assert ops.attention(x, x, x, primal).shape == (1, 3, 2, 4)
-    with pytest.raises(ValueError, match="feature map that does not notice a shift.*Squares"):
+    primal = Primal(transform=NotCausal(1.0))
+    ops.attention(x, x, x, primal)
+    with pytest.raises(ValueError, match="NotCausal can't be used with a causal mask.*Received"):
         ops.attention(x, x, x, primal, is_causal=True)
+    layer, inputs = layers.PrimalDualAttention(2, 2, primal=primal), keras.Input((3, 8))
+    with pytest.raises(ValueError, match="NotCausal can't be used with a causal mask"):
+        layer(inputs, inputs, use_causal_mask=True)
 
 
-def test_causal_batch_norm_must_come_last():
-    x = np.ones((1, 3, 2, 4), "float32")
-    primal = Primal(transform=["batch_norm", Gain()])
-    assert ops.attention(x, x, x, primal).shape == (1, 3, 2, 4)
-    with pytest.raises(ValueError, match="must be the last"):
-        ops.attention(x, x, x, primal, is_causal=True)
+def test_a_convolution_over_a_grid_needs_one():
+    x, image = keras.Input((12, 8)), keras.Input((3, 4, 8))
+    layers.Conv2DAttention(2, 2)(image, image)
+    layers.Conv2DAttention(2, 2, grid=(3, 4))(x, x)
+    with pytest.raises(ValueError, match="takes its grid from inputs with two axes.*1 attended"):
+        layers.Conv2DAttention(2, 2)(x, x)
+    with pytest.raises(ValueError, match="several axes to attend over have their own"):
+        layers.Conv2DAttention(2, 2, grid=(3, 4))(image, image)
+    short = np.ones((1, 11, 8), "float32")
+    with pytest.raises(ValueError, match="the 12 positions of 0 class tokens.*a length of 11"):
+        layers.Conv2DAttention(2, 2, grid=(3, 4))(short, short)
+
+
+def test_a_redraw_needs_random_features():
+    x = np.random.default_rng(0).normal(size=(1, 5, 8)).astype("float32")
+    with pytest.raises(ValueError, match="Only random features can be drawn anew.*Elu"):
+        layers.LinearAttention(2, 4).redraw(1)
+    layer = layers.LinearAttention(2, 4, feature_map="positive_random")
+    with pytest.raises(ValueError, match="when it is built"):
+        layer.redraw(1)
+    before = keras.ops.convert_to_numpy(layer(x, x))
+    layer.redraw(1)
+    after = keras.ops.convert_to_numpy(layer(x, x))
+    assert np.abs(after - before).max() > 1e-3
+    layer.redraw(0)
+    np.testing.assert_allclose(keras.ops.convert_to_numpy(layer(x, x)), before, atol=1e-6)
+    with pytest.raises(ValueError, match="Received: seed=-1"):
+        layer.redraw(-1)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +241,22 @@ def test_causal_batch_norm_must_come_last():
         (lambda: training_sets.ScaledHeads((1, 2.0)), "Received: scales=2.0"),
         (lambda: training_sets.ScaledHeads((True,)), "Received: scales=True"),
         (lambda: training_sets.ScaledHeads((1,), "max"), "Received: reduction='max'"),
+        (lambda: transforms.Conv1D(4), "odd integer. Received: kernel_size=4"),
+        (lambda: transforms.Conv1D(0), "Received: kernel_size=0"),
+        (lambda: transforms.Conv2D(3, 4), "pair of positive integers.*Received: grid=4"),
+        (lambda: transforms.Conv2D(3, (4, 0)), "Received: grid=0"),
+        (lambda: transforms.Conv2D(3, class_tokens=1), "class_tokens=1, grid=None"),
+        (lambda: transforms.Conv2D(3, (2, 2), -1), "Received: class_tokens=-1"),
+        (lambda: training_sets.SlidingWindow(0), "Received: size=0"),
+        (lambda: training_sets.SlidingWindow(2, 1.0), "Received: dilation=1.0"),
+        (lambda: training_sets.SlidingWindow(2, 1, -1), "Received: global_tokens=-1"),
+        (lambda: feature_maps.PositiveRandom(0), "Received: num_features=0"),
+        (lambda: feature_maps.PositiveRandom(8, None), "Received: seed=None"),
+        (lambda: layers.LinearAttention(2, 4, feature_map="softmax"), "needs a finite feature map"),
+        (
+            lambda: Primal(transform=transforms.Conv2D(3, (2, 2)), training_set="scaled_heads"),
+            "Windows of a flattened grid.*Received: transform=",
+        ),
         (
             lambda: layers.ScaledHeadAttention(2, 4, scales=(1, 2, 4)),
             r"Received: num_heads=2, scales=\(1, 2, 4\)",

@@ -16,9 +16,15 @@ DOCUMENTED = [
         (keras_pdattn.layers, keras_pdattn.layers.__all__),
         (keras_pdattn.ops, keras_pdattn.ops.__all__),
         (keras_pdattn, ["Primal"]),
-        (keras_pdattn.feature_maps, ["FeatureMap", "Softmax"]),
-        (keras_pdattn.transforms, ["Transform", "BatchNorm"]),
-        (keras_pdattn.training_sets, ["TrainingSet", "AllKeys", "ScaledHeads"]),
+        (
+            keras_pdattn.feature_maps,
+            ["FeatureMap", "Softmax", "Elu", "Relu", "Taylor", "PositiveRandom"],
+        ),
+        (keras_pdattn.transforms, ["Transform", "BatchNorm", "Conv1D", "Conv2D"]),
+        (
+            keras_pdattn.training_sets,
+            ["TrainingSet", "AllKeys", "ScaledHeads", "SlidingWindow"],
+        ),
     )
     for name in names
 ]
@@ -37,8 +43,12 @@ def test_names():
     assert set(keras_pdattn.layers.__all__) == {
         "BatchNormAttention",
         "BatchNormScaledHeadAttention",
+        "Conv1DAttention",
+        "Conv2DAttention",
+        "LinearAttention",
         "PrimalDualAttention",
         "ScaledHeadAttention",
+        "SlidingWindowAttention",
     }
 
 

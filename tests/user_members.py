@@ -12,7 +12,7 @@ from keras_pdattn.transforms import Transform
 
 @keras.saving.register_keras_serializable(package="tests")
 class Squares(FeatureMap):
-    def features(self, x):
+    def features(self, x, weights):
         return ops.square(x)
 
 
@@ -48,12 +48,23 @@ class Centered(Scale):
     """Has statistics, and no word on how to take them causally."""
 
     def fit(self, key, mask):
-        return ops.mean(key, axis=1, keepdims=True)
+        if mask is None:
+            return ops.mean(key, axis=1, keepdims=True)
+        weight = ops.cast(ops.expand_dims(mask, axis=(2, 3)), key.dtype)
+        count = ops.sum(weight, axis=1, keepdims=True)
+        return ops.sum(key * weight, axis=1, keepdims=True) / count
+
+    def apply(self, x, statistics, weights):
+        return x - self.factor * statistics
+
+
+class NotCausal(Scale):
+    supports_causal = False
 
 
 @keras.saving.register_keras_serializable(package="tests")
 class EvenKeys(TrainingSet):
-    def select(self, keys, query_length):
+    def select(self, keys, queries):
         even = ops.expand_dims(ops.arange(ops.shape(keys.key)[1]) % 2 == 0, axis=0)
         mask = even if keys.mask is None else ops.logical_and(keys.mask, even)
         mask = ops.broadcast_to(mask, ops.shape(keys.key)[:2])

@@ -5,6 +5,7 @@ import functools
 
 from keras import ops
 
+from keras_pdattn import validation
 from keras_pdattn.ops import masks
 from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.ops.indexing import zero_where_masked
@@ -108,7 +109,7 @@ def attention(
     primal.check_call(1 if key_grid is None else len(key_grid), is_causal)
     num_heads, query_length = query.shape[2], ops.shape(query)[1]
     groups = primal.training_set.groups(num_heads)
-    if key.shape[1] == 0:
+    if 0 in (query.shape[0], query.shape[1], key.shape[1]):
         return _nothing_to_see(query, value, return_scores)
     if query_mask is not None:
         query_mask = masks.padding("query_mask", query_mask, query)
@@ -127,6 +128,7 @@ def attention(
         key, value, query_length, is_causal, mask=key_mask, visible=mask, grid=key_grid
     ).zero_padding()
     if sliding_window is not None:
+        validation.positive_int("sliding_window", sliding_window)
         window = training_sets.SlidingWindow(sliding_window)
         if primal.training_set == training_sets.AllKeys():
             groups = window.groups(num_heads)
@@ -204,10 +206,10 @@ def _solve(
 
 
 def _nothing_to_see(query, value, return_scores):
-    """The output, and scores, of queries without a single key."""
+    """The output, and scores, where there is no query or no key."""
     batch, length, num_heads, _ = ops.shape(query)
     output = ops.zeros((batch, length, num_heads, value.shape[3]), dtype=value.dtype)
-    scores = ops.zeros((batch, num_heads, length, 0), dtype=value.dtype)
+    scores = ops.zeros((batch, num_heads, length, ops.shape(value)[1]), dtype=value.dtype)
     return (output, scores) if return_scores else output
 
 

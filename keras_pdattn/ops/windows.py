@@ -209,7 +209,7 @@ class _Bands:
         for axis in range(self.num_axes):
             query = np.arange(self.block)
             key = np.arange(-self.reach, self.block + self.ahead(axis))
-            difference = query[:, None] - key
+            difference = np.subtract.outer(query, key)
             shape = [1] * (2 * self.num_axes)
             shape[axis], shape[self.num_axes + axis] = difference.shape
             differences.append(difference.reshape(shape))

@@ -1,0 +1,1 @@
+"""Measurements of the layers; figures go to `benchmarks/results/`."""

@@ -1,0 +1,5 @@
+"""Runs every benchmark on the backend that `KERAS_BACKEND` names."""
+
+from benchmarks import scaling
+
+scaling.main()

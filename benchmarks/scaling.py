@@ -1,0 +1,166 @@
+"""How the time of linear and sliding-window attention grows with the length.
+
+Layers of 4 heads of 32 on one sequence, forward up to 131,072 tokens and with gradients
+up to 32,768, compiled as a user would: jit on JAX and TensorFlow, eager on torch. The
+exponent is the slope of log time over log length; 1 is linear.
+
+    KERAS_BACKEND=jax python -m benchmarks.scaling
+"""
+
+import json
+import resource
+import time
+from pathlib import Path
+
+import keras
+import numpy as np
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from benchmarks import machine
+from keras_pdattn import layers
+
+RESULTS = Path(__file__).parent / "results"
+FORWARD = [4096, 8192, 16384, 32768, 65536, 131072]
+TRAINING = [4096, 8192, 16384, 32768]
+LAYERS = {
+    "linear": (layers.LinearAttention, {}, False),
+    "linear, causal": (layers.LinearAttention, {}, True),
+    "sliding window of 64": (layers.SlidingWindowAttention, {"size": 64}, False),
+    "sliding window of 64, causal": (layers.SlidingWindowAttention, {"size": 64}, True),
+}
+
+
+def forward_of(layer, use_causal_mask):
+    """The compiled layer, from an array to a tensor."""
+    if keras.backend.backend() == "torch":
+        import torch
+
+        def forward(x):
+            with torch.no_grad():
+                return layer(x, x, use_causal_mask=use_causal_mask)
+
+        return forward
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return jax.jit(lambda x: layer(x, x, use_causal_mask=use_causal_mask))
+    import tensorflow as tf
+
+    return tf.function(
+        lambda x: layer(x, x, use_causal_mask=use_causal_mask),
+        jit_compile=True,
+        reduce_retracing=False,
+    )
+
+
+def training_of(layer, use_causal_mask):
+    """Loss and its gradients with respect to inputs and weights, compiled."""
+
+    def loss(x):
+        return keras.ops.mean(keras.ops.square(layer(x, x, use_causal_mask=use_causal_mask)))
+
+    if keras.backend.backend() == "torch":
+        import torch
+
+        def step(x):
+            x = x.detach().requires_grad_()
+            variables = [weight.value for weight in layer.trainable_weights]
+            return torch.autograd.grad(loss(x), [x, *variables])[0]
+
+        return step
+    if keras.backend.backend() == "jax":
+        import jax
+
+        fixed = [weight.value for weight in layer.non_trainable_variables]
+
+        def stateless_loss(variables, x):
+            output, _ = layer.stateless_call(
+                variables, fixed, x, x, use_causal_mask=use_causal_mask
+            )
+            return keras.ops.mean(keras.ops.square(output))
+
+        gradients = jax.jit(jax.grad(stateless_loss, argnums=(0, 1)))
+        variables = [weight.value for weight in layer.trainable_variables]
+        return lambda x: gradients(variables, x)[1]
+    import tensorflow as tf
+
+    @tf.function(jit_compile=True, reduce_retracing=False)
+    def step(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            value = loss(x)
+        return tape.gradient(value, [x, *(w.value for w in layer.trainable_weights)])[0]
+
+    return step
+
+
+def seconds(function, x, repeats):
+    """Median time of a call, the first not counted."""
+
+    def call():
+        result = keras.ops.convert_to_numpy(function(x)[:, -1:])
+        if not np.isfinite(result).all():
+            raise ValueError(f"Not finite at {x.shape[1]} tokens.")
+
+    call()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - start)
+    return float(np.median(times))
+
+
+def exponent(times):
+    """The slope of log time over log length."""
+    return float(np.polyfit(np.log(list(times)), np.log(list(times.values())), 1)[0])
+
+
+def measure(name, lengths, make):
+    """Seconds by length, and the exponent."""
+    cls, arguments, use_causal_mask = LAYERS[name]
+    layer = cls(4, 32, **arguments)
+    layer.build((None, None, 128), (None, None, 128))
+    function = make(layer, use_causal_mask)
+    times = {}
+    for length in track(lengths, description=name):
+        x = np.random.default_rng(0).normal(size=(1, length, 128)).astype("float32")
+        repeats = 5 if length <= 32768 else 3
+        times[length] = seconds(function, keras.ops.convert_to_tensor(x), repeats)
+    return {"seconds": times, "exponent": round(exponent(times), 3)}
+
+
+def main():
+    results = {
+        name: {
+            "forward": measure(name, FORWARD, forward_of),
+            "forward and backward": measure(name, TRAINING, training_of),
+        }
+        for name in LAYERS
+    }
+    backend = keras.backend.backend()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    report = {
+        "machine": machine.describe(),
+        "peak_memory_gib": round(peak, 2),
+        "results": results,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"scaling_{backend}.json").write_text(json.dumps(report, indent=2) + "\n")
+    table = Table(title=f"Seconds by length on {backend}")
+    table.add_column("layer")
+    for length in FORWARD:
+        table.add_column(f"{length:,}", justify="right")
+    table.add_column("exponent", justify="right")
+    for name, passes in results.items():
+        for which, result in passes.items():
+            row = [f"{result['seconds'].get(length, np.nan):.3f}" for length in FORWARD]
+            row = ["" if cell == "nan" else cell for cell in row]
+            table.add_row(f"{name}, {which}", *row, f"{result['exponent']:.2f}")
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    main()
