@@ -95,7 +95,7 @@ def test_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = (ROOT.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 2
+    assert len(blocks) == 3
     exec("\n".join(blocks), {})
 
 
@@ -105,3 +105,23 @@ def test_start_page_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 4
     exec("\n".join(blocks), {})
+
+
+def test_extending_page_runs():
+    page = (ROOT.parent / "docs" / "extending.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(block, {})
+
+
+def test_a_new_member_gets_everything_from_an_example():
+    """`examples/new_member.py`: causal use, masks, scores, files under three backends."""
+    example = ROOT.parent / "examples" / "new_member.py"
+    printed = subprocess.run(
+        [sys.executable, str(example)], capture_output=True, text=True, check=True
+    ).stdout
+    differences = re.findall(r"(?:differs by|changes outputs by) (\S+)", printed)
+    assert len(differences) == 5
+    assert all(float(difference) < 1e-5 for difference in differences)
+    assert "scores: (2, 4, 12, 12), rows sum to 1.0000 to 1.0000" in printed
+    definition = re.search(r"@keras.saving.*?\n\n\n", example.read_text(), re.DOTALL).group()
+    assert len(definition.splitlines()) < 30
