@@ -101,13 +101,19 @@ class Window:
         """Whether to work in bands: every query asked for, and fewer keys in a band than in all."""
         if len(self.position.shape) == 2:
             return False
-        rows = [None if grid is None else grid[1:] for grid in (self.query_grid, self.key_grid)]
-        if is_causal and rows[0] != rows[1]:
-            return False  # Raster order is not that of coordinates.
+        if is_causal and not self._has_equal_rows():
+            return False  # Raster order need not be that of coordinates.
         if not isinstance(self.key_length, int):
             return True
         width = self.block() + 2 * (self.size - 1)
         return self.key_length > (width * self.dilation) ** self.num_axes
+
+    def _has_equal_rows(self):
+        """Whether the rows of both grids are known to be as long."""
+        if self.query_grid is None or self.key_grid is None:
+            return True
+        rows = self.query_grid[1:], self.key_grid[1:]
+        return all(isinstance(size, int) for row in rows for size in row) and rows[0] == rows[1]
 
 
 def banded_attention(query, examples, weigh, dropout=None):
