@@ -4,11 +4,11 @@ from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
 
 
 class FixedPrimalAttention(PrimalDualAttention):
-    """A layer whose own arguments, those of its primal's members, describe the primal."""
+    """A layer whose own arguments, those of transforms and training set, describe the primal."""
 
     def get_config(self):
         config = super().get_config()
         del config["primal"]
-        for member in (*self.primal.weighted_members, self.primal.training_set):
+        for member in (*self.primal.transform, self.primal.training_set):
             config.update(member.get_config())
         return config

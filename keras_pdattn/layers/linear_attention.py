@@ -76,7 +76,4 @@ class LinearAttention(FixedPrimalAttention):
 
     def get_config(self):
         feature_map = feature_maps.serialize(self.primal.feature_map)
-        config = {**super().get_config(), "feature_map": feature_map}
-        for name in self.primal.feature_map.get_config():
-            config.pop(name)
-        return config
+        return {**super().get_config(), "feature_map": feature_map}
