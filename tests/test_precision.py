@@ -1,5 +1,7 @@
 """Sixteen bits: our error against the oracle is at most twice that of Keras's layer."""
 
+import dataclasses
+
 import backends
 import keras
 import numpy as np
@@ -8,7 +10,7 @@ import reference
 from keras import ops as keras_ops
 from members import MEMBERS
 
-from keras_pdattn import layers, ops
+from keras_pdattn import feature_maps, layers, ops, transforms
 
 LOW = pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 CAUSAL = pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
@@ -20,13 +22,32 @@ def rounded(x, dtype):
     return tensor, backends.to_numpy(tensor)
 
 
+def normalises(member):
+    return any(isinstance(one, transforms.BatchNorm) for one in member.primal.transform)
+
+
+def has_equal_shares(member):
+    """Whether equal keys share the weight evenly, over all of the sequence."""
+    return member.oracle.window is None and member.primal.feature_map != feature_maps.Relu()
+
+
+def oracle_of(member, omega):
+    """What the oracle is told of a fresh layer: no convolution, and what was drawn."""
+    told = tuple(one for one in member.oracle.transforms if not isinstance(one, reference.Conv))
+    oracle = dataclasses.replace(member.oracle, transforms=told)
+    if omega is None:
+        return oracle
+    kernel = reference.positive_random_kernel(lambda num_heads, depth: omega[:, :num_heads])
+    return dataclasses.replace(oracle, log_kernel=kernel)
+
+
 def rms(error):
     return np.sqrt(np.mean(np.square(error)))
 
 
 @LOW
 @CAUSAL
-@pytest.mark.parametrize("member", [m for m in MEMBERS if m.primal.transform], ids=str)
+@pytest.mark.parametrize("member", [m for m in MEMBERS if normalises(m)], ids=str)
 def test_an_offset_costs_batch_norm_no_precision(member, is_causal, dtype):
     """Keys and queries whose mean is 100 times their spread lose no more than centred ones."""
     errors = []
@@ -59,19 +80,23 @@ def test_error_of_layers(member, mean, dtype):
     weights[1], weights[3] = (np.full(weights[1].shape, mean) for _ in range(2))
     weights = [rounded(w, dtype)[1] for w in weights]
     errors = []
-    for layer, oracle in ((ours, member.oracle), (keras_layer, reference.Primal())):
-        layer.set_weights(weights)
+    drawn = [backends.to_numpy(w.value) for w in ours.weights if w.path.endswith("omega")]
+    told = oracle_of(member, drawn[0] if drawn else None)
+    for layer, oracle in ((ours, told), (keras_layer, reference.Primal())):
+        for variable, weight in zip(layer.weights, weights):
+            variable.assign(weight)
         projections = zip(weights[0:6:2], weights[1:6:2])
         query, key, value = (np.einsum("btc,chd->bthd", exact_x, w) + b for w, b in projections)
         expected, _ = reference.attention(query, key, value, oracle)
         expected = np.einsum("bthd,hdc->btc", expected, weights[6]) + weights[7]
-        errors.append(rms(backends.to_numpy(layer(x, x)) - expected))
+        # Of the size of the output: means over a window are larger than those over all.
+        errors.append(rms(backends.to_numpy(layer(x, x)) - expected) / rms(expected))
     # Keras's own layer overflows float16 on TensorFlow, which bounds nothing.
     assert errors[0] <= 2 * errors[1] or (np.isnan(errors[1]) and np.isfinite(errors[0]))
 
 
 @LOW
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@pytest.mark.parametrize("member", [m for m in MEMBERS if has_equal_shares(m)], ids=str)
 def test_long_sequences_keep_their_sums(member, dtype):
     """B5: over 4,096 equal keys the normaliser is 4,096, where 16 bits would stall."""
     length = 4096
