@@ -19,7 +19,7 @@ def family():
         yield pytest.param(member, marks=[pytest.mark.slow] if is_slow else [], id=str(member))
 
 
-every_member = pytest.mark.parametrize("member", family())
+every_member = pytest.mark.parametrize("member", list(family()))
 causal_or_not = pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
 
 GRID = (3, 3)
