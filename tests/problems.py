@@ -83,6 +83,18 @@ def assert_close(actual, expected, tolerance):
     np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance)
 
 
+def check_against_oracle(member, problem):
+    """Holds outputs, with scores and without, and scores to the literal definition."""
+    expected, expected_scores = problem.oracle(member)
+    tolerance = problem.tolerance(member)
+    assert_close(problem.solve(member), expected, tolerance)
+    output, scores = problem.solve(member, return_scores=True)
+    assert_close(output, expected, tolerance)
+    assert_close(scores, expected_scores, tolerance)
+    assert_close(scores.sum(axis=-1), expected_scores.sum(axis=-1).round(), 1e-5)
+    assert_close(np.einsum("bhts,bshd->bthd", scores, problem.value), output, 2e-5)
+
+
 def _largest(x):
     return np.abs(x).max(initial=0)
 

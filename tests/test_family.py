@@ -10,7 +10,7 @@ import backends
 import numpy as np
 import pytest
 from members import EVERY_MEMBER, PAIRS
-from problems import Problem, assert_close
+from problems import Problem, assert_close, check_against_oracle
 
 
 def family():
@@ -43,17 +43,6 @@ def problem_of(member, masked=True, **options):
     query, key = rng.normal(size=(2, 2, length, HEADS, 4)).astype("float32")
     value = rng.normal(size=(2, length, HEADS, 3)).astype("float32")
     return Problem(query, key, value, options)
-
-
-def check_against_oracle(member, problem):
-    expected, expected_scores = problem.oracle(member)
-    tolerance = problem.tolerance(member)
-    assert_close(problem.solve(member), expected, tolerance)
-    output, scores = problem.solve(member, return_scores=True)
-    assert_close(output, expected, tolerance)
-    assert_close(scores, expected_scores, tolerance)
-    assert_close(scores.sum(axis=-1), expected_scores.sum(axis=-1).round(), 1e-5)
-    assert_close(np.einsum("bhts,bshd->bthd", scores, problem.value), output, 2e-5)
 
 
 @every_member

@@ -5,7 +5,7 @@ import hypothesis
 import numpy as np
 import pytest
 from members import MEMBERS, VARIANTS
-from problems import Problem, assert_close, problems
+from problems import Problem, assert_close, check_against_oracle, problems
 
 from keras_pdattn import Primal, feature_maps, ops, training_sets, transforms
 
@@ -18,15 +18,7 @@ few_examples = hypothesis.settings(max_examples=1 if backends.BACKEND == "jax" e
 @hypothesis.given(problem=problems())
 def test_oracle(member, problem):
     """Laws 1 and 5: outputs, fused or not, and scores are those of the literal definition."""
-    expected, expected_scores = problem.oracle(member)
-    tolerance = problem.tolerance(member)
-    assert_close(problem.solve(member), expected, tolerance)
-    output, scores = problem.solve(member, return_scores=True)
-    assert_close(output, expected, tolerance)
-    assert_close(scores, expected_scores, tolerance)
-    sums = scores.sum(axis=-1)
-    assert_close(sums, expected_scores.sum(axis=-1).round(), 1e-5)
-    assert_close(np.einsum("bhts,bshd->bthd", scores, problem.value), output, 2e-5)
+    check_against_oracle(member, problem)
 
 
 @every_variant

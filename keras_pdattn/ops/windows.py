@@ -137,7 +137,8 @@ def banded_attention(query, examples, weigh, dropout=None):
     if window.global_tokens:
         is_global = window.is_global()
         valid = ops.logical_and(valid, ops.logical_not(is_global))
-    products = ops.einsum("bnqhf,bnkhf->bhnqk", bands.blocks(query), bands.slabs(examples.key))
+    blocks = bands.blocks(query)
+    products = ops.einsum("bnqhf,bnkhf->bhnqk", blocks, bands.slabs(examples.key))
     visible = ops.logical_and(
         ops.expand_dims(bands.slabs(valid), axis=(1, 3)), ops.convert_to_tensor(bands.near())
     )
@@ -147,7 +148,7 @@ def banded_attention(query, examples, weigh, dropout=None):
         log_scale = ops.expand_dims(log_scale, axis=3)
     if window.global_tokens:
         tokens = _GlobalTokens.of(window, examples)
-        extra = ops.einsum("bnqhf,bghf->bhnqg", bands.blocks(query), tokens.key)
+        extra = ops.einsum("bnqhf,bghf->bhnqg", blocks, tokens.key)
         products = ops.concatenate([products, extra], axis=-1)
         seen = ops.expand_dims(tokens.exists, axis=(1, 2, 3))
         if is_causal:
