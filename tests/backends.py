@@ -1,6 +1,7 @@
 """What Keras leaves to each backend and tests need: gradients, compilers, float64."""
 
 import contextlib
+import functools
 
 import keras
 import numpy as np
@@ -9,27 +10,39 @@ from keras import ops
 BACKEND = keras.backend.backend()
 
 
-def gradients(function, arrays):
-    """Gradients of the scalar `function(*tensors)` with respect to each of `arrays`."""
-    if BACKEND == "torch":
-        tensors = [ops.convert_to_tensor(x).clone().requires_grad_() for x in arrays]
-        function(*tensors).backward()
-        return [np.zeros(t.shape) if t.grad is None else t.grad.cpu().numpy() for t in tensors]
+def jitted(function):
+    """`function` as it is, but compiled as a whole on JAX, where ops one by one compile longer."""
     if BACKEND == "jax":
         import jax
 
-        tensors = [ops.convert_to_tensor(x) for x in arrays]
-        # Not compiled as a whole: its ops are, once for all tests with these shapes.
-        grads = jax.grad(function, argnums=tuple(range(len(arrays))))(*tensors)
+        return jax.jit(function)
+    return function
+
+
+def gradients(function, arrays, *others):
+    """Gradients of the scalar `function(*tensors, *others)` with respect to each of `arrays`."""
+    if BACKEND == "torch":
+        tensors = [ops.convert_to_tensor(x).clone().requires_grad_() for x in arrays]
+        function(*tensors, *others).backward()
+        return [np.zeros(t.shape) if t.grad is None else t.grad.cpu().numpy() for t in tensors]
+    if BACKEND == "jax":
+        grads = _jax_gradients(function, len(arrays))(*arrays, *others)
         return [np.asarray(x) for x in grads]
     import tensorflow as tf
 
     tensors = [ops.convert_to_tensor(x) for x in arrays]
     with tf.GradientTape() as tape:
         tape.watch(tensors)
-        loss = function(*tensors)
+        loss = function(*tensors, *others)
     grads = tape.gradient(loss, tensors, unconnected_gradients="zero")
     return [x.numpy() for x in grads]
+
+
+@functools.lru_cache(maxsize=64)
+def _jax_gradients(function, count):
+    import jax
+
+    return jax.jit(jax.grad(function, argnums=tuple(range(count))))
 
 
 def compiled(function, shapes=None):

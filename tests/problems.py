@@ -1,6 +1,7 @@
 """Random attention problems: shapes, masks and values for hypothesis to search through."""
 
 import dataclasses
+import functools
 
 import backends
 import keras
@@ -36,10 +37,8 @@ class Problem:
 
     def solve(self, member, **options):
         """Our output (and scores, if asked for) as float64 arrays."""
-        weights = member.weights(*self.key.shape[2:])
-        result = ops.attention(
-            *self.arrays, member.primal, weights=weights, **self.options, **options
-        )
+        masks, others = self.replace(**options).split_options()
+        result = _attention(member, others)(*self.arrays, masks)
         if isinstance(result, tuple):
             return tuple(backends.to_numpy(x) for x in result)
         return backends.to_numpy(result)
@@ -50,15 +49,14 @@ class Problem:
 
     def gradients(self, member, cotangent):
         """Our gradients of `sum(output * cotangent)` with respect to query, key and value."""
-        weights = member.weights(*self.key.shape[2:])
+        masks, others = self.split_options()
+        return backends.gradients(_loss(member, others), self.arrays, masks, cotangent)
 
-        def loss(query, key, value):
-            output = ops.attention(
-                query, key, value, member.primal, weights=weights, **self.options
-            )
-            return keras.ops.sum(output * keras.ops.convert_to_tensor(cotangent))
-
-        return backends.gradients(loss, self.arrays)
+    def split_options(self):
+        """The masks, a dict, and the other options, as items that can be hashed."""
+        masks = {name: x for name, x in self.options.items() if isinstance(x, np.ndarray)}
+        others = sorted(item for item in self.options.items() if item[0] not in masks)
+        return masks, tuple(others)
 
     def tolerance(self, member):
         """What the numbers chapter allows: 1e-5 in float32, 1e-12 in float64, of the output.
@@ -76,6 +74,31 @@ class Problem:
         relative = {"float32": 1e-5, "float64": 1e-12}[dtype.name]
         rounding = moves * np.finfo(dtype).eps / step
         return relative * max(1.0, _largest(output)) + 4 * rounding
+
+
+@functools.lru_cache(maxsize=64)
+def _attention(member, options):
+    """Our attention as a function of query, key, value and a dict of masks."""
+
+    def function(query, key, value, masks):
+        weights = member.weights(*key.shape[2:])
+        return ops.attention(
+            query, key, value, member.primal, weights=weights, **masks, **dict(options)
+        )
+
+    return backends.jitted(function)
+
+
+@functools.lru_cache(maxsize=64)
+def _loss(member, options):
+    """The sum of our output times a cotangent, as such a function."""
+    attention = _attention(member, options)
+
+    def function(query, key, value, masks, cotangent):
+        output = attention(query, key, value, masks)
+        return keras.ops.sum(output * keras.ops.convert_to_tensor(cotangent))
+
+    return function
 
 
 def assert_close(actual, expected, tolerance):
