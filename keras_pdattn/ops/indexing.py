@@ -49,6 +49,20 @@ def fit_axis(x, axis, size, fill=0):
     return x[(slice(None),) * axis + (slice(0, size),)]
 
 
+def split_axis(x, axis, size):
+    """Cuts `axis` of `x` into pieces of `size`, which becomes the axis behind."""
+    shape = ops.shape(x)
+    pieces = (shape[axis] // size, size)
+    return ops.reshape(x, tuple(shape[:axis]) + pieces + tuple(shape[axis + 1 :]))
+
+
+def join_axes(x, axis):
+    """Undoes `split_axis`: `axis` of `x` and the axis behind become one."""
+    shape = ops.shape(x)
+    joined = (shape[axis] * shape[axis + 1],)
+    return ops.reshape(x, tuple(shape[:axis]) + joined + tuple(shape[axis + 2 :]))
+
+
 def lead_with_zero(x):
     """Puts a zero in front of `x` along time."""
     return ops.pad(x, [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))

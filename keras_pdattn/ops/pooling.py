@@ -14,7 +14,9 @@ from keras_pdattn.ops.indexing import (
     coordinates,
     first_valid,
     fit_axis,
+    join_axes,
     raster,
+    split_axis,
     take_along_time,
     to_grid,
 )
@@ -149,13 +151,7 @@ class Windows:
 
     def split(self, x):
         """Cuts `x`, `(B, M * size, ...)`, into `(B, M, size, ...)`."""
-        shape = ops.shape(x)
-        return ops.reshape(x, (shape[0], self.num_windows, self.size) + tuple(shape[2:]))
-
-    def join(self, windows):
-        """Undoes `split`."""
-        shape = ops.shape(windows)
-        return ops.reshape(windows, (shape[0], shape[1] * self.size) + tuple(shape[3:]))
+        return split_axis(x, 1, self.size)
 
     def counts(self):
         """The number of members of each window, `(B or 1, M)`."""
@@ -163,7 +159,7 @@ class Windows:
 
     def running_counts(self):
         """The number of members of its window up to each step, `(B or 1, M * size)`."""
-        return self.join(cumulative_sum(self.split(self.member), axis=2))
+        return join_axes(cumulative_sum(self.split(self.member), axis=2), 1)
 
     def mean(self, x):
         """The mean of each window's members; `(B, M * size, H, D)` to `(B, M, H, D)`."""
@@ -172,7 +168,7 @@ class Windows:
 
     def running_mean(self, x):
         """The mean of the members of its window up to each step; `(B, M * size, H, D)`."""
-        total = self.join(cumulative_sum(self.split(self._members(x)), axis=2))
+        total = join_axes(cumulative_sum(self.split(self._members(x)), axis=2), 1)
         return total / append_axes(ops.maximum(self.running_counts(), 1), 2)
 
     def _members(self, x):

@@ -4,6 +4,8 @@ import dataclasses
 
 from keras import ops
 
+from keras_pdattn.ops.indexing import join_axes
+
 #: Queries whose prefixes are held at once: their memory is that many times the keys'.
 BLOCK = 16
 
@@ -36,16 +38,10 @@ def prefix_by_prefix(solve, queries, keys, is_pointwise):
         return (output,) if scores is None else (output, scores)
 
     output, *scores = ops.map(solve_block, ops.reshape(positions, (count, BLOCK)))
-    output = _join(output, 1)[:, :query_length]
-    return output, _join(scores[0], 2)[:, :, :query_length] if scores else None
-
-
-def _join(blocks, axis):
-    """Turns `(count, ...)` blocks along `axis` of a batch into one."""
-    blocks = ops.moveaxis(blocks, 0, axis)
-    shape = ops.shape(blocks)
-    merged = (shape[axis] * shape[axis + 1],)
-    return ops.reshape(blocks, tuple(shape[:axis]) + merged + tuple(shape[axis + 2 :]))
+    output = join_axes(ops.moveaxis(output, 0, 1), 1)[:, :query_length]
+    if not scores:
+        return output, None
+    return output, join_axes(ops.moveaxis(scores[0], 0, 2), 2)[:, :, :query_length]
 
 
 def _solve_at(positions, solve, queries, keys, is_pointwise):

@@ -13,6 +13,8 @@ from keras_pdattn.ops.indexing import (
     append_axes,
     delay,
     fit_axis,
+    join_axes,
+    split_axis,
     take_along_time,
     zero_where_masked,
 )
@@ -67,7 +69,9 @@ def primal_attention(query, examples):
     if log_scale is not None and examples.mask is not None:
         log_scale = ops.where(append_axes(examples.mask, 1), log_scale, UNSEEN)
     if examples.is_causal:
-        both = _causal(query, key, value, log_scale, examples)
+        both, log_factor = _causal_sums(query, key, value, log_scale, examples)
+        if examples.own is not None:
+            both = _add_own(both, log_factor, query, examples.own)
     else:
         if log_scale is not None:
             largest = ops.stop_gradient(ops.max(log_scale, axis=1, keepdims=True))
@@ -78,73 +82,71 @@ def primal_attention(query, examples):
     return ops.cast(output, examples.value.dtype)
 
 
-def _causal(query, key, value, log_scale, examples):
+def _causal_sums(query, key, value, log_scale, examples):
     """Sums of kernel times `value` over what each query sees, `(B, T, H, Dv + 1)`.
 
-    Each carries a factor of its query's own, which cancels in the normalisation.
+    With them the logarithms `(B, T, H)` of the factors left off them, or `None`.
     """
-    query_length, start, own = ops.shape(query)[1], examples.start, examples.own
-    by_query = [query]
-    if own is not None:
-        by_query += [own.key, _with_normaliser(own.value)]
-        by_query += [] if own.mask is None else [ops.broadcast_to(own.mask, ops.shape(query)[:2])]
-        by_query += [] if own.log_scale is None else [own.log_scale]
-    if start is not None:
-        # By step, so that the windows of all sequences begin a chunk together.
-        step = ops.expand_dims(start, axis=1) + ops.arange(query_length, dtype="int32")
-        by_query = [take_along_time(x, ops.minimum(step, query_length - 1)) for x in by_query]
-    chunk = chunk_size(key.shape[-1])
+    length, start = ops.shape(query)[1], examples.start
+    if start is None:
+        return _chunked_sums(query, key, value, log_scale, examples)
+    # By step, so that the windows of all sequences begin a chunk together.
+    step = ops.expand_dims(start, axis=1) + ops.arange(length, dtype="int32")
+    query = take_along_time(query, ops.minimum(step, length - 1))
+    sums, log_factor = _chunked_sums(query, key, value, log_scale, examples)
+    step = ops.arange(length, dtype="int32") - ops.expand_dims(start, axis=1)
+    step, is_before_start = ops.maximum(step, 0), step < 0
+    sums = zero_where_masked(take_along_time(sums, step), ops.logical_not(is_before_start))
+    # The query at the first step sees nothing, as those before it.
+    return sums, None if log_factor is None else take_along_time(log_factor, step)
+
+
+def _chunked_sums(query, key, value, log_scale, examples):
+    """`_causal_sums` for queries by step: states before each chunk, products in it."""
+    length, chunk = ops.shape(query)[1], chunk_size(key.shape[-1])
     rows = chunk * examples.stride
-    count = (query_length + rows - 1) // rows
+    count = (length + rows - 1) // rows
 
     def chunks(x, size, fill=0):
-        x = fit_axis(x, 1, count * size, fill)
-        shape = ops.shape(x)
-        return ops.reshape(x, (shape[0], count, size) + tuple(shape[2:]))
+        return split_axis(fit_axis(x, 1, count * size, fill), 1, size)
 
-    query, *own_parts = (chunks(x, rows) for x in by_query)
-    key, value = chunks(key, chunk), chunks(value, chunk)
+    query, key, value = chunks(query, rows), chunks(key, chunk), chunks(value, chunk)
     limit = ops.arange(rows, dtype="int32") // examples.stride
     limit = limit + 1 if examples.is_triangular else limit
     seen = ops.arange(chunk, dtype="int32") < ops.expand_dims(limit, axis=1)
     products = ops.where(seen, ops.einsum("bnqhf,bnkhf->bnhqk", query, key), 0.0)
-    own_kernel = None
-    if own is not None:
-        own_kernel = ops.sum(query * own_parts[0], axis=-1)
-        if own.mask is not None:
-            own_kernel = ops.where(append_axes(own_parts[2], 1), own_kernel, 0.0)
+    log_factor = None
     if log_scale is None:
         states = delay(cumulative_sum(_sums(key, value), axis=1))
-        both = ops.einsum("bnqhf,bnhfd->bnqhd", query, states)
+        sums = ops.einsum("bnqhf,bnhfd->bnqhd", query, states)
     else:
         log_scale = chunks(log_scale, chunk, fill=UNSEEN)
         states, reached = _scaled_states(key, value, log_scale)
+        sums = ops.einsum("bnqhf,bnhfd->bnqhd", query, states)
+        # The largest factor that each query sees is left off its sums.
         log_scale = ops.expand_dims(ops.transpose(log_scale, (0, 1, 3, 2)), axis=3)
         largest = ops.max(ops.where(seen, log_scale, UNSEEN), axis=-1)
-        largest = ops.maximum(
-            ops.transpose(largest, (0, 1, 3, 2)), ops.expand_dims(reached, axis=2)
-        )
-        if own is not None:
-            own_scale = own_parts[-1]
-            if own.mask is not None:
-                own_scale = ops.where(append_axes(own_parts[2], 1), own_scale, UNSEEN)
-            largest = ops.maximum(largest, own_scale)
+        largest = ops.maximum(largest, ops.expand_dims(reached, axis=-1))
         largest = ops.stop_gradient(largest)
-        rescale = ops.exp(ops.expand_dims(reached, axis=2) - largest)
-        both = append_axes(rescale, 1) * ops.einsum("bnqhf,bnhfd->bnqhd", query, states)
-        by_row = ops.expand_dims(ops.transpose(largest, (0, 1, 3, 2)), axis=-1)
-        products = products * exp_of_at_most_zero(log_scale - by_row)
-        if own is not None:
-            own_kernel = own_kernel * ops.exp(own_scale - largest)
-    both = both + ops.einsum("bnhqk,bnkhd->bnqhd", products, value)
-    if own is not None:
-        both = both + append_axes(own_kernel, 1) * own_parts[1]
-    shape = ops.shape(both)
-    both = ops.reshape(both, (shape[0], count * rows) + tuple(shape[3:]))[:, :query_length]
-    if start is None:
-        return both
-    step = ops.arange(query_length, dtype="int32") - ops.expand_dims(start, axis=1)
-    return zero_where_masked(take_along_time(both, ops.maximum(step, 0)), step >= 0)
+        products = products * exp_of_at_most_zero(log_scale - append_axes(largest, 1))
+        log_factor = ops.transpose(largest, (0, 1, 3, 2))
+        sums = sums * append_axes(ops.exp(ops.expand_dims(reached, axis=2) - log_factor), 1)
+        log_factor = join_axes(log_factor, 1)[:, :length]
+    sums = sums + ops.einsum("bnhqk,bnkhd->bnqhd", products, value)
+    return join_axes(sums, 1)[:, :length], log_factor
+
+
+def _add_own(sums, log_factor, query, own):
+    """Adds each query's own example to its sums, which carry a factor then that cancels."""
+    key, log_scale = zero_where_masked(own.key, own.mask), own.log_scale
+    kernel = ops.sum(query * key, axis=-1)
+    if log_scale is not None:
+        if own.mask is not None:
+            log_scale = ops.where(append_axes(own.mask, 1), log_scale, UNSEEN)
+        largest = ops.stop_gradient(ops.maximum(log_factor, log_scale))
+        sums = sums * append_axes(ops.exp(log_factor - largest), 1)
+        kernel = kernel * ops.exp(log_scale - largest)
+    return sums + append_axes(kernel, 1) * _with_normaliser(own.value)
 
 
 def _with_normaliser(value):

@@ -13,6 +13,8 @@ from keras_pdattn.ops.indexing import (
     coordinates,
     fit_axis,
     from_grid,
+    join_axes,
+    split_axis,
     take_along_time,
     to_grid,
 )
@@ -273,14 +275,14 @@ class _Bands:
         if before:
             pads = [[0, 0]] * axis + [[before * block, 0]] + [[0, 0]] * (len(x.shape) - axis - 1)
             x = ops.pad(x, pads)
-        x = _split_axis(x, axis, block)
+        x = split_axis(x, axis, block)
         lead = (slice(None),) * axis
         steps = before + after
         shifted = [x[lead + (slice(t, t - steps or None),)] for t in range(steps + 1)]
         x = ops.concatenate(shifted, axis=axis + 1) if steps else x
         trim = (before * block - self.reach, ahead - after * block)
         x = x[lead + (slice(None), slice(trim[0], trim[1] or None))]
-        return _merge_axes(x, axis)
+        return join_axes(x, axis)
 
     def _gather(self, x, widths):
         """Turns `(B, classes, *(n * width), *rest)` into `(B, N, prod(widths), *rest)`."""
@@ -374,17 +376,3 @@ class _GlobalTokens:
         rank = window.at_queries(rank, window.position)
         rank = ops.broadcast_to(rank, ops.shape(output)[:2])
         return ops.where(append_axes(is_global, 2), take_along_time(answers, rank), output)
-
-
-def _split_axis(x, axis, size):
-    """Turns an axis of `n * size` into two, n and `size`."""
-    shape = ops.shape(x)
-    split = (shape[axis] // size, size)
-    return ops.reshape(x, tuple(shape[:axis]) + split + tuple(shape[axis + 1 :]))
-
-
-def _merge_axes(x, axis):
-    """Turns `axis` and the one after it into one."""
-    shape = ops.shape(x)
-    merged = (shape[axis] * shape[axis + 1],)
-    return ops.reshape(x, tuple(shape[:axis]) + merged + tuple(shape[axis + 2 :]))
