@@ -2,8 +2,8 @@
 
 Over a sequence and over a grid, each on one problem with all kinds of masks;
 `test_laws.py` searches through problems, for fewer members. Every combination on torch;
-on the other backends, which compile each op for each shape, combinations in which any
-two choices meet, and the rest are slow (`make test-family`).
+on the other backends combinations in which any two choices meet, and on JAX, where every
+test waits for compilers, the oracle alone. The rest are slow (`make test-family`).
 """
 
 import backends
@@ -13,13 +13,17 @@ from members import EVERY_MEMBER, PAIRS
 from problems import Problem, assert_close, check_against_oracle
 
 
-def family():
+def family(on_jax):
+    """Marks a test to run for every member, not by default for all on each backend."""
+    params = []
     for member in EVERY_MEMBER:
-        is_slow = backends.BACKEND != "torch" and member not in PAIRS
-        yield pytest.param(member, marks=[pytest.mark.slow] if is_slow else [], id=str(member))
+        is_pair = member in PAIRS and (on_jax or backends.BACKEND != "jax")
+        is_slow = backends.BACKEND != "torch" and not is_pair
+        marks = [pytest.mark.slow] if is_slow else []
+        params.append(pytest.param(member, marks=marks, id=str(member)))
+    return pytest.mark.parametrize("member", params)
 
 
-every_member = pytest.mark.parametrize("member", list(family()))
 causal_or_not = pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
 
 GRID = (3, 3)
@@ -45,7 +49,7 @@ def problem_of(member, masked=True, **options):
     return Problem(query, key, value, options)
 
 
-@every_member
+@family(on_jax=True)
 @causal_or_not
 def test_oracle(member, is_causal):
     """Laws 1 and 5: outputs and scores are those of the literal definition."""
@@ -53,7 +57,7 @@ def test_oracle(member, is_causal):
     check_against_oracle(member, problem_of(member, is_causal=is_causal))
 
 
-@every_member
+@family(on_jax=True)
 @causal_or_not
 def test_gradients_and_float64(member, is_causal):
     """Law 1: outputs to 1e-12, and the slope of a loss along a random direction."""
@@ -78,7 +82,7 @@ def test_gradients_and_float64(member, is_causal):
     assert_close(sum((g * d).sum() for g, d in zip(gradients, directions)), slopes[1], tolerance)
 
 
-@every_member
+@family(on_jax=False)
 def test_prefix(member):
     """Law 3: a causal output is that of a call on the prefix, and the future has no gradient."""
     problem = problem_of(member, is_causal=True)
@@ -112,7 +116,7 @@ def pad(x, num_axes, axis, front, back, fill):
     return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + num_axes :])
 
 
-@every_member
+@family(on_jax=False)
 @causal_or_not
 def test_padding(member, is_causal):
     """Law 4: padding on every side, whatever it holds, changes no output and no gradient."""
@@ -146,7 +150,7 @@ def test_padding(member, is_causal):
         assert (wider_gradient[~inside] == 0).all()
 
 
-@every_member
+@family(on_jax=False)
 @causal_or_not
 def test_masks(member, is_causal):
     """Law 11: true hides nothing, false hides, and who sees nothing gets zero."""

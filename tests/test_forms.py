@@ -31,12 +31,16 @@ def arrays(query_length, key_length=None, heads=2, depth=4, batch=1, seed=0):
 
 def value_and_gradients(primal, inputs, **options):
     """The output, and gradients of its sum with random factors."""
-    output = backends.to_numpy(ops.attention(*inputs, primal, **options))
+
+    def attention(*tensors):
+        return ops.attention(*tensors, primal, **options)
+
+    output = backends.to_numpy(backends.jitted(attention)(*inputs))
     factors = np.random.default_rng(1).normal(size=output.shape).astype("float32")
     factors = keras.ops.convert_to_tensor(factors)
 
     def loss(*tensors):
-        return keras.ops.sum(ops.attention(*tensors, primal, **options) * factors)
+        return keras.ops.sum(attention(*tensors) * factors)
 
     return output, *backends.gradients(loss, inputs)
 
