@@ -1,4 +1,4 @@
-"""Laws 1, 3, 4, 5 and 11 of every combination of feature map, transform and training set.
+"""Laws 1, 3, 4, 5, 6 and 11 of every combination of feature map, transform and training set.
 
 Over a sequence and over a grid, each on one problem with all kinds of masks;
 `test_laws.py` searches through problems, for fewer members. Every combination on torch;
@@ -11,6 +11,9 @@ import numpy as np
 import pytest
 from members import EVERY_MEMBER, PAIRS
 from problems import Problem, assert_close, check_against_oracle
+
+from keras_pdattn import Primal, ops, transforms
+from keras_pdattn.training_sets import AllKeys, ScaledHeads, SlidingWindow
 
 
 def family(on_jax):
@@ -148,6 +151,34 @@ def test_padding(member, is_causal):
         gradient = gradient.reshape(-1, *gradient.shape[2:])
         assert_close(wider_gradient[inside], gradient, 1e-6 * size)
         assert (wider_gradient[~inside] == 0).all()
+
+
+@family(on_jax=False)
+@causal_or_not
+def test_reductions(member, is_causal):
+    """Law 6: a window over all, windows of one and a fresh convolution change nothing; V = 1."""
+    problem, primal = problem_of(member, is_causal=is_causal), member.primal
+    expected, tolerance = problem.solve(member), problem.tolerance(member)
+    sizes = problem.key.shape[2:]
+    convolution = (transforms.Conv1D if member.num_axes == 1 else transforms.Conv2D)(5)
+    convolved = Primal(primal.feature_map, [convolution, *primal.transform], primal.training_set)
+    equals = [(convolved, [convolution.initial_weights(*sizes), *member.weights(*sizes)])]
+    if primal.training_set == AllKeys():
+        for training_set in (SlidingWindow(9), ScaledHeads((1,)), ScaledHeads((1,), "first")):
+            other = Primal(primal.feature_map, primal.transform, training_set)
+            equals.append((other, member.weights(*sizes)))
+    for other, weights in equals:
+
+        @backends.jitted
+        def attention(*arrays, other=other, weights=weights):
+            return ops.attention(*arrays, other, weights=weights, **problem.options)
+
+        assert_close(backends.to_numpy(attention(*problem.arrays)), expected, tolerance)
+    _, scores = problem.oracle(member)
+    sums = np.moveaxis(scores.sum(axis=-1), 1, 2)[..., None]
+    assert set(sums.round(6).ravel()) <= {0.0, 1.0} and sums.mean() > 0.1
+    ones = problem.replace(value=np.ones_like(problem.value))
+    assert_close(ones.solve(member), np.broadcast_to(sums, expected.shape), 1e-5)
 
 
 @family(on_jax=False)
