@@ -142,10 +142,11 @@ MEMBERS = [
 ]
 
 
-def _batch_norm(**options):
-    primal = Primal(transform=transforms.BatchNorm(**options))
-    oracle = reference.Primal(transforms=(reference.BatchNorm(**options),))
-    return Member(f"batch_norm-{options}", primal, oracle)
+def _batch_norm(feature_map="softmax", **options):
+    ours, log_kernel = FEATURE_MAPS[feature_map]
+    oracle = reference.Primal(log_kernel, (reference.BatchNorm(**options),))
+    primal = Primal(ours, transforms.BatchNorm(**options))
+    return Member(f"{feature_map}-batch_norm-{options}", primal, oracle)
 
 
 #: Members with other options than their defaults, for the first law.
@@ -153,4 +154,6 @@ VARIANTS = [
     _batch_norm(scale=False),
     _batch_norm(center=False, epsilon=1e-2),
     _batch_norm(beta=0.5),
+    # A kernel that notices what is left of the mean on keys.
+    _batch_norm("elu", beta=0.5),
 ]
