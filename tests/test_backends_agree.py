@@ -63,8 +63,8 @@ def member_model(member):
     return (sequence_model if member.num_axes == 1 else grid_model)(make_layer, "float64")
 
 
-def check_files(folder, models, tolerance):
-    """Saves the models, and has the other backends load and call them."""
+def check_files(folder, models, tolerance, **environment):
+    """Saves the models, and has the other backends load and call them, in `environment`."""
     for name, (model, x) in models:
         path = f"{folder}/{name}.keras"
         model.save(path)
@@ -73,12 +73,13 @@ def check_files(folder, models, tolerance):
         assert y.dtype == x.dtype
         np.save(f"{path}.{backends.BACKEND}.npy", y)
     others = {"tensorflow", "jax", "torch"} - {backends.BACKEND}
-    environment = {**os.environ, "JAX_ENABLE_X64": "1", "PYTHONPATH": os.path.dirname(__file__)}
+    here = [os.path.dirname(__file__), os.environ.get("PYTHONPATH")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, here))
     paths = sorted(str(path) for path in folder.glob("*.keras"))
     loaders = [
         subprocess.Popen(
             [sys.executable, "-c", LOAD, *paths],
-            env={**environment, "KERAS_BACKEND": other},
+            env={**os.environ, **environment, "KERAS_BACKEND": other},
         )
         for other in others
     ]
@@ -98,7 +99,8 @@ def test_files_of_named_layers(tmp_path):
     makers = {
         "softmax": lambda: layers.PrimalDualAttention(4, 6),
         "batch_norm": lambda: layers.BatchNormAttention(4, 6, learn_beta=True, beta=0.9),
-        "scaled_head": lambda: layers.ScaledHeadAttention(4, 6, scales=(1, 2), reduction="first"),
+        "scaled_head": lambda: layers.ScaledHeadAttention(4, 6, scales=(1, 2, 4)),
+        "first": lambda: layers.ScaledHeadAttention(4, 6, scales=(1, 2, 4), reduction="first"),
         "both": lambda: layers.BatchNormScaledHeadAttention(4, 6, scales=(1, 3), use_gate=True),
         "linear": lambda: layers.LinearAttention(4, 6, feature_map="positive_random"),
         "sliding_window": lambda: layers.SlidingWindowAttention(4, 6, size=3, global_tokens=1),
@@ -119,4 +121,4 @@ def test_files_of_named_layers(tmp_path):
 def test_files_of_the_family(tmp_path, members):
     with backends.float64():
         models = [(str(member), member_model(member)) for member in members]
-        check_files(tmp_path, models, tolerance=1e-9)
+        check_files(tmp_path, models, tolerance=1e-9, JAX_ENABLE_X64="1")

@@ -6,6 +6,8 @@ on the other backends combinations in which any two choices meet, and on JAX, wh
 test waits for compilers, the oracle alone. The rest are slow (`make test-family`).
 """
 
+import dataclasses
+
 import backends
 import numpy as np
 import pytest
@@ -17,12 +19,11 @@ from keras_pdattn.training_sets import AllKeys, ScaledHeads, SlidingWindow
 
 
 def family(on_jax):
-    """Marks a test to run for every member, not by default for all on each backend."""
+    """Runs a test for every member; `on_jax` are those that are not slow there."""
+    by_default = {"torch": EVERY_MEMBER, "tensorflow": PAIRS, "jax": on_jax}[backends.BACKEND]
     params = []
     for member in EVERY_MEMBER:
-        is_pair = member in PAIRS and (on_jax or backends.BACKEND != "jax")
-        is_slow = backends.BACKEND != "torch" and not is_pair
-        marks = [pytest.mark.slow] if is_slow else []
+        marks = [] if member in by_default else [pytest.mark.slow]
         params.append(pytest.param(member, marks=marks, id=str(member)))
     return pytest.mark.parametrize("member", params)
 
@@ -52,7 +53,7 @@ def problem_of(member, masked=True, **options):
     return Problem(query, key, value, options)
 
 
-@family(on_jax=True)
+@family(on_jax=PAIRS)
 @causal_or_not
 def test_oracle(member, is_causal):
     """Laws 1 and 5: outputs and scores are those of the literal definition."""
@@ -60,7 +61,7 @@ def test_oracle(member, is_causal):
     check_against_oracle(member, problem_of(member, is_causal=is_causal))
 
 
-@family(on_jax=True)
+@family(on_jax=PAIRS)
 @causal_or_not
 def test_gradients_and_float64(member, is_causal):
     """Law 1: outputs to 1e-12, and the slope of a loss along a random direction."""
@@ -85,7 +86,7 @@ def test_gradients_and_float64(member, is_causal):
     assert_close(sum((g * d).sum() for g, d in zip(gradients, directions)), slopes[1], tolerance)
 
 
-@family(on_jax=False)
+@family(on_jax=[])
 def test_prefix(member):
     """Law 3: a causal output is that of a call on the prefix, and the future has no gradient."""
     problem = problem_of(member, is_causal=True)
@@ -119,7 +120,7 @@ def pad(x, num_axes, axis, front, back, fill):
     return x.reshape(x.shape[:axis] + (-1,) + x.shape[axis + num_axes :])
 
 
-@family(on_jax=False)
+@family(on_jax=[])
 @causal_or_not
 def test_padding(member, is_causal):
     """Law 4: padding on every side, whatever it holds, changes no output and no gradient."""
@@ -153,27 +154,27 @@ def test_padding(member, is_causal):
         assert (wider_gradient[~inside] == 0).all()
 
 
-@family(on_jax=False)
+@family(on_jax=[])
 @causal_or_not
 def test_reductions(member, is_causal):
     """Law 6: a window over all, windows of one and a fresh convolution change nothing; V = 1."""
     problem, primal = problem_of(member, is_causal=is_causal), member.primal
     expected, tolerance = problem.solve(member), problem.tolerance(member)
-    sizes = problem.key.shape[2:]
-    convolution = (transforms.Conv1D if member.num_axes == 1 else transforms.Conv2D)(5)
-    convolved = Primal(primal.feature_map, [convolution, *primal.transform], primal.training_set)
-    equals = [(convolved, [convolution.initial_weights(*sizes), *member.weights(*sizes)])]
     if primal.training_set == AllKeys():
         for training_set in (SlidingWindow(9), ScaledHeads((1,)), ScaledHeads((1,), "first")):
             other = Primal(primal.feature_map, primal.transform, training_set)
-            equals.append((other, member.weights(*sizes)))
-    for other, weights in equals:
+            other = dataclasses.replace(member, primal=other)
+            assert_close(problem.solve(other), expected, tolerance)
+    convolution = (transforms.Conv1D if member.num_axes == 1 else transforms.Conv2D)(5)
+    convolved = Primal(primal.feature_map, [convolution, *primal.transform], primal.training_set)
+    sizes = problem.key.shape[2:]
+    weights = [convolution.initial_weights(*sizes), *member.weights(*sizes)]
 
-        @backends.jitted
-        def attention(*arrays, other=other, weights=weights):
-            return ops.attention(*arrays, other, weights=weights, **problem.options)
+    @backends.jitted
+    def attention(*arrays):
+        return ops.attention(*arrays, convolved, weights=weights, **problem.options)
 
-        assert_close(backends.to_numpy(attention(*problem.arrays)), expected, tolerance)
+    assert_close(backends.to_numpy(attention(*problem.arrays)), expected, tolerance)
     _, scores = problem.oracle(member)
     sums = np.moveaxis(scores.sum(axis=-1), 1, 2)[..., None]
     assert set(sums.round(6).ravel()) <= {0.0, 1.0} and sums.mean() > 0.1
@@ -181,7 +182,7 @@ def test_reductions(member, is_causal):
     assert_close(ones.solve(member), np.broadcast_to(sums, expected.shape), 1e-5)
 
 
-@family(on_jax=False)
+@family(on_jax=[])
 @causal_or_not
 def test_masks(member, is_causal):
     """Law 11: true hides nothing, false hides, and who sees nothing gets zero."""

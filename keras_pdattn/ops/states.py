@@ -95,10 +95,10 @@ def _causal_sums(query, key, value, log_scale, examples):
     query = take_along_time(query, ops.minimum(step, length - 1))
     sums, log_factor = _chunked_sums(query, key, value, log_scale, examples)
     step = ops.arange(length, dtype="int32") - ops.expand_dims(start, axis=1)
-    step, is_before_start = ops.maximum(step, 0), step < 0
-    sums = zero_where_masked(take_along_time(sums, step), ops.logical_not(is_before_start))
-    # The query at the first step sees nothing, as those before it.
-    return sums, None if log_factor is None else take_along_time(log_factor, step)
+    # Those before the start see nothing, as the query at the first step.
+    step = ops.maximum(step, 0)
+    log_factor = None if log_factor is None else take_along_time(log_factor, step)
+    return take_along_time(sums, step), log_factor
 
 
 def _chunked_sums(query, key, value, log_scale, examples):
