@@ -33,7 +33,8 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
     `attention_mask` and `sliding_window` restrict what a query sums over.
 
     Causal use: a query's output is that of the last query of a non-causal call
-    on the keys up to it, statistics and windows included.
+    on the keys up to it, statistics and windows included. A convolution drops
+    its taps that look ahead.
 
     Cost: that of `primal`; softmax over all keys takes queries times keys
     products per head.

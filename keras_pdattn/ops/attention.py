@@ -42,7 +42,8 @@ def attention(
     A key that `key_mask` leaves out is in no training set: not in the
     statistics of a transform, not in the mean of a window. A causal query is
     fitted on the keys up to its own position, so that its output is that of
-    the last query of a non-causal call on the prefix. `mask` and
+    the last query of a non-causal call on the prefix (where a convolution has
+    taps that look ahead, they are dropped). `mask` and
     `sliding_window` restrict the sum of each query, and no statistics. A query
     that sees nothing gets zero, with zero gradient.
 
@@ -60,7 +61,8 @@ def attention(
             False sees nothing.
         sliding_window: positive integer, or `None`; query `i` sees key `j` only
             where `|i - j| < sliding_window`, along each axis. The training set of
-            all keys becomes `SlidingWindow`; any other keeps its cost.
+            all keys becomes `SlidingWindow`; any other takes a mask of queries
+            times keys.
         weights: list with a dict of tensors for each transform of `primal` and
             one for its feature map, as their `build` returns them, or `None` for
             their initial values.
