@@ -1,6 +1,7 @@
 """Values described by a config: what feature maps, transforms, training sets and primals share."""
 
 import dataclasses
+import inspect
 import json
 
 import keras
@@ -29,6 +30,14 @@ class Description:
     @classmethod
     def from_config(cls, config):
         """Builds the description that `get_config()` wrote down."""
+        known = inspect.signature(cls).parameters
+        takes_any = any(one.kind is one.VAR_KEYWORD for one in known.values())
+        unknown = [name for name in config if name not in known]
+        if unknown and not takes_any:
+            raise ValueError(
+                f"The config of {cls.__name__} may hold {', '.join(known) or 'nothing'}; a newer "
+                f"version of the package may have written more. Received: {', '.join(unknown)}"
+            )
         return cls(**config)
 
     def __eq__(self, other):
@@ -69,8 +78,13 @@ class WeightedMember(Member):
     def initial_weights(self, num_heads, depth):
         """What `build` would start from, as plain tensors."""
 
-        def initial_value(name=None, shape=(), initializer=None, dtype=None, **kwargs):
-            return keras.initializers.get(initializer)(shape, dtype=dtype)
+        def initial_value(shape=None, initializer=None, dtype=None, *args, **kwargs):
+            # With the defaults of `keras.layers.Layer.add_weight`.
+            dtype = keras.backend.standardize_dtype(dtype)
+            if initializer is None:
+                is_float = keras.backend.is_float_dtype(dtype)
+                initializer = "glorot_uniform" if is_float else "zeros"
+            return keras.initializers.get(initializer)(shape or (), dtype=dtype)
 
         return self.build(initial_value, num_heads, depth)
 

@@ -74,6 +74,17 @@ class TrainingSet(descriptions.Member):
         """
         return keys
 
+    def within(self, size):
+        """This training set less the keys `size` or more positions away from a query.
+
+        Args:
+            size: positive integer, along each axis.
+
+        Returns:
+            A `TrainingSet`, or `None` to have a mask of queries times keys say so.
+        """
+        return None
+
     def has_causal_form(self, num_axes):
         """Whether `select` serves all queries of a causal call at once.
 
@@ -105,6 +116,9 @@ class AllKeys(TrainingSet):
         Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
+
+    def within(self, size):
+        return SlidingWindow(size)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -267,6 +281,27 @@ class SlidingWindow(TrainingSet):
             valid,
         )
         return dataclasses.replace(keys, window=window)
+
+    def within(self, size):
+        steps = -(-size // self.dilation)
+        near = dataclasses.replace(self, size=min(self.size, steps))
+        return _WindowWithin(near, size) if self.global_tokens else near
+
+    def has_causal_form(self, num_axes):
+        return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _WindowWithin(TrainingSet):
+    """A sliding window of which even global tokens see, and are seen, less than `reach` away."""
+
+    window: SlidingWindow
+    reach: int
+
+    def select(self, keys, queries):
+        examples = self.window.select(keys, queries)
+        window = dataclasses.replace(examples.window, reach=self.reach)
+        return dataclasses.replace(examples, window=window)
 
     def has_causal_form(self, num_axes):
         return True

@@ -52,3 +52,16 @@ def boolean(name, value):
             f"bool. Received: {name}={value!r}"
         )
     return value
+
+
+def axes(name, value):
+    """Returns `value` if it is an integer, or some of them."""
+    several = value if isinstance(value, (tuple, list)) else (value,)
+    if not several or any(
+        isinstance(axis, bool) or not isinstance(axis, numbers.Integral) for axis in several
+    ):
+        raise ValueError(
+            f"Received an invalid value for argument `{name}`, expected an integer or a non-empty "
+            f"sequence of integers. Received: {name}={value!r}"
+        )
+    return value

@@ -152,8 +152,10 @@ def problems(draw, self_attention=False, causal=(False, True), masked=True):
     if masked and draw(st.booleans()):
         options["query_mask"] = rng.random((batch, query_length)) < 0.7
     if masked and draw(st.booleans()):
-        outer = draw(st.sampled_from([(batch, heads), (1, 1)]))
-        options["mask"] = rng.random(outer + (query_length, key_length)) < 0.8
+        sizes = (batch, heads, query_length, key_length)
+        broadcast = draw(st.sampled_from([(), (0, 1), (1, 2), (0, 1, 3), (0, 1, 2, 3)]))
+        shape = [1 if axis in broadcast else size for axis, size in enumerate(sizes)]
+        options["mask"] = rng.random(shape) < 0.8
     if masked and draw(st.booleans()):
         options["sliding_window"] = draw(st.sampled_from([1, 3, 6]))
     return Problem(

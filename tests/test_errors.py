@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_pdattn import layers, ops
+from keras_pdattn import layers, ops, transforms
 from keras_pdattn.layers import PrimalDualAttention
 
 
@@ -26,6 +26,9 @@ X = array(2, 5, 8)
         ({"value_dim": 0}, "argument `value_dim`.*Received: value_dim=0"),
         ({"sliding_window": 0}, "argument `sliding_window`.*Received: sliding_window=0"),
         ({"sliding_window": True}, "Received: sliding_window=True"),
+        ({"attention_axes": (1.5,)}, r"argument `attention_axes`.*attention_axes=\(1.5,\)"),
+        ({"attention_axes": ()}, r"Received: attention_axes=\(\)"),
+        ({"attention_axes": True}, "Received: attention_axes=True"),
         ({"dropout": 1.0}, r"argument `dropout`.*\[0, 1\). Received: dropout=1.0"),
         ({"dropout": 1.5}, "Received: dropout=1.5"),
         ({"dropout": -0.1}, "Received: dropout=-0.1"),
@@ -59,6 +62,11 @@ def test_constructor(arguments, message):
         (lambda layer: layer(X, X, attention_mask=array(3, 5, 5, dtype="bool")), "attention_mask"),
         (lambda layer: layer(X, X, attention_mask=array(5, 5) * -1e9), "additive.*float32"),
         (lambda layer: layer(X, X, attention_mask=array(5, 5) * 0.5), "additive"),
+        (
+            lambda layer: layer(X, X, attention_mask=array(5, 5, dtype="int32") * -10000),
+            "`attention_mask`.*additive.*int32",
+        ),
+        (lambda layer: layer(X, X, key_mask=array(2, 5, dtype="int64") * 2), "`key_mask`.*int"),
         (lambda layer: layer(X, X, query_mask=array(2, 4, dtype="bool")), "`query_mask`"),
         (lambda layer: layer(X, X, value_mask=array(5, dtype="bool")), "`value_mask`"),
         (lambda layer: layer(X, X, key_mask=array(3, 5, dtype="bool")), "`key_mask`"),
@@ -82,6 +90,24 @@ def test_a_built_layer_keeps_its_widths():
         layer.build((2, 5, 8), (2, 5, 7))
     layer.build((2, 6, 8), (2, 3, 8))
     assert layer(array(2, 6, 8), array(2, 3, 8)).shape == (2, 6, 8)
+
+
+def test_a_built_layer_keeps_its_rank():
+    layer = PrimalDualAttention(2, 4)
+    layer(X, X)
+    with pytest.raises(ValueError, match=r"for inputs of rank 3. Received: query.shape=\(2, 3, 5"):
+        layer(array(2, 3, 5, 8), array(2, 3, 5, 8))
+
+
+def test_unknown_words_in_a_config_are_named():
+    config = PrimalDualAttention(2, 4, primal="batch_norm").get_config()
+    config["primal"]["config"]["transform"][0]["config"]["epsilonn"] = 1e-3
+    # Keras puts the error of whatever it deserialises into one of its own.
+    message = "BatchNorm may hold epsilon, center.*Received: epsilonn"
+    with pytest.raises(ValueError, match=message):
+        transforms.BatchNorm.from_config({"epsilonn": 1e-3})
+    with pytest.raises(TypeError, match=message):
+        PrimalDualAttention.from_config(config)
 
 
 def test_symbolic_calls_raise_too():
@@ -158,3 +184,35 @@ def test_ops_masks():
         ops.attention(x, x, x, "softmax", key_mask=array(2, 4, dtype="bool"))
     with pytest.raises(ValueError, match="argument `sliding_window`"):
         ops.attention(x, x, x, "softmax", sliding_window=0)
+    additive = array(1, 1, 3, 3, dtype="int32") - 5
+    with pytest.raises(ValueError, match="`mask` must be boolean.*additive.*int32"):
+        ops.attention(x, x, x, "softmax", mask=additive)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "value"])
+def test_ops_on_integers(name):
+    tensors = {one: array(2, 3, 2, 4) for one in ("query", "key", "value")}
+    tensors[name] = tensors[name].astype("int32")
+    with pytest.raises(ValueError, match=f"`{name}` must be floating point.*int32"):
+        ops.attention(**tensors, primal="softmax")
+
+
+@pytest.mark.parametrize(
+    ("grids", "message"),
+    [
+        ({"query_grid": (2, 3)}, "must both be given"),
+        ({"query_grid": (2, 3), "key_grid": (6,)}, "one number of axes"),
+        ({"query_grid": (2, 2), "key_grid": (2, 3)}, "`query_grid` must hold the 6 positions"),
+        ({"query_grid": (2, 3), "key_grid": (3, 3)}, "`key_grid` must hold.*Received: query_grid"),
+    ],
+)
+def test_ops_on_grids(grids, message):
+    x = array(2, 6, 2, 4)
+    with pytest.raises(ValueError, match=message):
+        ops.attention(x, x, x, "softmax", **grids)
+
+
+def test_ops_with_weights_of_another_primal():
+    x = array(2, 6, 2, 4)
+    with pytest.raises(ValueError, match="here 2 in all. Received: weights of length 1"):
+        ops.attention(x, x, x, "conv1d", weights=[{}])

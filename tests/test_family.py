@@ -137,7 +137,8 @@ def test_padding(member, is_causal):
     if member.num_axes == 2:
         grid = tuple(size + front + back for size in GRID)
         options.update(query_grid=grid, key_grid=grid)
-    wider = Problem(*(padded(x, 1e200) for x in problem.arrays), options)
+    fills = (1e200, 1e200, np.nan)
+    wider = Problem(*(padded(x, fill) for x, fill in zip(problem.arrays, fills)), options)
     inside = padded(np.ones(problem.query.shape[:2], bool), False)
     rng = np.random.default_rng(0)
     cotangent = rng.normal(size=problem.value.shape)
@@ -182,6 +183,17 @@ def test_reductions(member, is_causal):
     assert_close(ones.solve(member), np.broadcast_to(sums, expected.shape), 1e-5)
 
 
+def check_broadcasting(member, problem):
+    """A mask with sizes of 1 does what its broadcast does, whichever they are."""
+    length = problem.query.shape[1]
+    rng = np.random.default_rng(0)
+    for shape in ((1, 1, length, 1), (2, HEADS, 1, length), (2, 1, 1, 1)):
+        mask = rng.random(shape) < 0.6
+        full = np.broadcast_to(mask, (2, HEADS, length, length))
+        output = problem.replace(mask=mask).solve(member)
+        assert_close(output, problem.replace(mask=full).solve(member), 1e-5)
+
+
 @family(on_jax=[])
 @causal_or_not
 def test_masks(member, is_causal):
@@ -198,6 +210,7 @@ def test_masks(member, is_causal):
     hiding["query_mask"][1, 3] = False
     for name, mask in hiding.items():
         assert np.abs(problem.replace(**{name: mask}).solve(member) - plain).max() > 1e-4, name
+    check_broadcasting(member, problem)
     blind = transparent["mask"].astype(bool)
     blind[:, :, 1] = False
     no_keys = np.array([[True] * length, [False] * length])

@@ -12,7 +12,7 @@ from members import RANDOM
 from problems import assert_close
 
 from keras_pdattn import Primal, feature_maps, ops
-from keras_pdattn.ops import prefixes, states
+from keras_pdattn.ops import kernels, prefixes, states, windows
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
 
 MAPS = {
@@ -167,6 +167,61 @@ def test_bands(window, lengths, is_causal):
         primal = Primal(feature_map, training_set=window)
         check_bands(primal, inputs, is_causal=is_causal)
         check_bands(primal, inputs, is_causal=is_causal, key_mask=key_mask)
+
+
+@pytest.mark.parametrize("window", WINDOWS, ids=repr)
+@pytest.mark.parametrize("size", [4, 20])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_windows_within_windows(monkeypatch, window, size, is_causal):
+    """`sliding_window` on a layer that has one keeps the bands, and says what a mask would."""
+    lengths = (150, 130)
+    inputs, primal = arrays(*lengths, batch=2), Primal(training_set=window)
+    key_mask = np.random.default_rng(2).random((2, lengths[1])) < 0.8
+    query, key = (np.arange(length) for length in lengths)
+    near = (np.abs(query[:, None] - key) < size)[None, None]
+    options = {"is_causal": is_causal, "key_mask": key_mask}
+    expected = backends.to_numpy(ops.attention(*inputs, primal, mask=near, **options))
+    plain = backends.to_numpy(ops.attention(*inputs, primal, **options))
+    assert np.abs(plain - expected).max() > 1e-3 or window.size * window.dilation <= size
+    output, _ = ops.attention(*inputs, primal, sliding_window=size, return_scores=True, **options)
+    assert_close(backends.to_numpy(output), expected, 1e-5)
+    monkeypatch.delattr(windows.Window, "visibility")
+    output = ops.attention(*inputs, primal, sliding_window=size, **options)
+    assert_close(backends.to_numpy(output), expected, 1e-5)
+
+
+def test_windows_within_windows_over_a_grid():
+    """A box within which even global tokens see and are seen."""
+    grid = (15, 22)
+    inputs = arrays(grid[0] * grid[1], heads=1, batch=2)
+    rows, columns = np.unravel_index(np.arange(grid[0] * grid[1]), grid)
+    near = np.ones((1, 1, 330, 330), bool)
+    for at in (rows, columns):
+        near &= np.abs(at[:, None] - at) < 5
+    options = {"query_grid": grid, "key_grid": grid, "is_causal": True}
+    primal = Primal(training_set=SlidingWindow(2, 2, 3))
+    expected = backends.to_numpy(ops.attention(*inputs, primal, mask=near, **options))
+    output = backends.to_numpy(ops.attention(*inputs, primal, sliding_window=5, **options))
+    assert_close(output, expected, 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("grid", "size", "has_bands"),
+    [(None, 16, True), (None, 600, False), ((640, 4), 16, False), ((50, 52), 4, True)],
+    ids=str,
+)
+def test_bands_are_taken_where_they_hold_fewer_pairs(monkeypatch, grid, size, has_bands):
+    """On a narrow grid the slabs of boxes would reach far beyond its edges."""
+    taken = []
+    attend = kernels.banded_attention
+    monkeypatch.setattr(
+        kernels, "banded_attention", lambda *args: taken.append(True) or attend(*args)
+    )
+    length = 1000 if grid is None else grid[0] * grid[1]
+    inputs = arrays(length, heads=1)
+    primal = Primal(training_set=SlidingWindow(size))
+    ops.attention(*inputs, primal, query_grid=grid, key_grid=grid)
+    assert bool(taken) == has_bands
 
 
 @pytest.mark.parametrize("window", [WINDOWS[1], WINDOWS[6]], ids=repr)

@@ -127,7 +127,9 @@ def pad(problem, front, back, garbage):
         mask = options.get(name, np.ones((batch, length), bool))
         options[name] = fill(mask, False, (1,))
     if "mask" in options:
-        options["mask"] = fill(options["mask"], True, (2, 3))
+        outer = options["mask"].shape[:2]
+        full = np.broadcast_to(options["mask"], outer + (length, length))
+        options["mask"] = fill(full, True, (2, 3))
     return Problem(*(fill(x, garbage, (1,)) for x in problem.arrays), options)
 
 
@@ -288,3 +290,21 @@ def test_empty_and_single(member, shape):
         assert_close(output, expected, 1e-5)
         assert_close(scores, expected_scores, 1e-5)
         assert_close(problem.replace(is_causal=is_causal).solve(member), expected, 1e-5)
+
+
+@every_member
+def test_what_is_no_number_is_not_hidden(member):
+    """NaN in a query or in all keys of a sequence comes out there, and in no other sequence."""
+    problem = fixed_problem()
+    plain = problem.solve(member)
+    for name in ("query", "key"):
+        broken = getattr(problem, name).copy()
+        broken[0] = np.nan
+        broken = problem.replace(**{name: broken})
+        output, scores = broken.solve(member, return_scores=True)
+        assert np.isnan(output[0]).all() and np.isnan(scores[0]).any(axis=-1).all()
+        assert_close(output[1], plain[1], 1e-5)
+        output = broken.solve(member)
+        assert_close(output[1], plain[1], 1e-5)
+        # The fused kernel of torch gives zeros here, as it does in Keras's layer.
+        assert np.isnan(output[0]).all() or member.primal.feature_map == feature_maps.Softmax()

@@ -121,7 +121,18 @@ def test_a_layer_is_its_projections_around_the_oracle(member, use_gate):
         np.testing.assert_allclose(values(scores), expected_scores, atol=2e-5)
 
 
-MASKS_OF_EVERY_RANK = [(5, 7), (1, 7), (2, 5, 7), (1, 5, 7), (2, 1, 7), (2, 4, 5, 7), (1, 1, 5, 7)]
+MASKS_OF_EVERY_RANK = [
+    (5, 7),
+    (1, 7),
+    (5, 1),
+    (2, 5, 7),
+    (1, 5, 7),
+    (2, 1, 7),
+    (2, 5, 1),
+    (2, 4, 5, 7),
+    (1, 1, 5, 7),
+    (2, 4, 5, 1),
+]
 
 
 @every_member
@@ -129,7 +140,6 @@ def test_masks_of_every_rank_equal_their_broadcast(member):
     layer = built(member)
     for shape in MASKS_OF_EVERY_RANK:
         mask = np.random.default_rng(0).random(shape) < 0.7
-        mask[..., 0] = True
         full = mask.reshape((1,) * (2 - mask.ndim) + mask.shape)
         while full.ndim < 4:
             full = full[None] if full.ndim == 2 else full[:, None]
@@ -329,6 +339,45 @@ def test_drop_in_over_any_axes(query_shape, value_shape, axes):
     np.testing.assert_allclose(
         values(ours(query, value, attention_mask=mask)), values(expected), atol=1e-5
     )
+
+
+@pytest.mark.parametrize("lead", [(), (1,), (None,)], ids=str)
+def test_masks_over_several_axes_of_a_batch_of_unknown_size(lead):
+    """A mask for each of the batch, or one for all, under the backend's compiler."""
+    rng = np.random.default_rng(0)
+    grid = (3, 4)
+    image = rng.normal(size=(2, *grid, 12)).astype("float32")
+    mask = rng.random((*((2 if size is None else 1) for size in lead), *grid, *grid)) < 0.7
+    layer = layers.ScaledHeadAttention(4, 4, scales=(1, 2))
+    expected = layer(image, image, attention_mask=mask)
+    if len(lead) == 0:
+        fixed = keras.Input((*grid, 12))
+        model = keras.Model(fixed, layer(fixed, fixed, attention_mask=mask))
+        actual = model.predict(image, verbose=0)
+    else:
+        inputs = (
+            keras.Input((*grid, 12)),
+            keras.Input(batch_shape=(*lead, *grid, *grid), dtype="bool"),
+        )
+        model = keras.Model(inputs, layer(inputs[0], inputs[0], attention_mask=inputs[1]))
+        compiled = backends.compiled(lambda *tensors: model(list(tensors)))
+        actual = values(compiled(*map(keras_ops.convert_to_tensor, (image, mask))))
+    np.testing.assert_allclose(actual, values(expected), atol=1e-5)
+
+
+def test_masks_of_unknown_sizes_may_be_broadcast():
+    """Sizes of 1 that nobody knew when the graph was made."""
+    primal = layers.ScaledHeadAttention(4, 6, scales=(1, 2)).primal
+
+    def call(x, mask):
+        return ops.attention(x, x, x, primal, mask=mask, is_causal=True)
+
+    compiled = backends.compiled(call, {"x": (None, None, 4, 6), "mask": (None,) * 4})
+    rng = np.random.default_rng(0)
+    x = keras_ops.convert_to_tensor(rng.normal(size=(2, 7, 4, 6)).astype("float32"))
+    for shape in ((2, 4, 7, 7), (1, 1, 7, 1), (2, 1, 1, 7)):
+        mask = keras_ops.convert_to_tensor(rng.random(shape) < 0.7)
+        np.testing.assert_allclose(values(compiled(x, mask)), values(call(x, mask)), atol=1e-5)
 
 
 def test_axes_that_are_not_attended_are_a_batch():

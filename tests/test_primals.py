@@ -7,7 +7,7 @@ import keras
 import numpy as np
 import pytest
 from members import MEMBERS, VARIANTS
-from user_members import Centered, EvenKeys, Gain, NotCausal, Scale, Squares, Unregistered
+from user_members import Centered, EvenKeys, Gain, Mixing, NotCausal, Scale, Squares, Unregistered
 
 from keras_pdattn import Primal, feature_maps, layers, ops, primals, training_sets, transforms
 
@@ -149,6 +149,17 @@ def test_a_users_transform_trains_and_is_saved(tmp_path):
     restored = keras.saving.load_model(tmp_path / "model.keras")
     assert restored.get_layer("attention").primal == primal
     np.testing.assert_allclose(restored.predict(x, verbose=0), model.predict(x, verbose=0))
+
+
+def test_a_user_asks_for_weights_as_of_keras():
+    """By position, with the default initialiser and name, in a layer as in the op."""
+    layer = layers.PrimalDualAttention(2, 4, primal=Primal(transform=Mixing()))
+    layer.build((None, 3, 8), (None, 3, 8))
+    mixing = keras.ops.convert_to_numpy(layer.weights[-1])
+    assert mixing.shape == (2, 4) and np.abs(mixing).min() > 0
+    (weights, _) = [member.initial_weights(2, 4) for member in layer.primal.weighted_members]
+    drawn = keras.ops.convert_to_numpy(weights["mixing"])
+    assert drawn.shape == (2, 4) and np.abs(drawn).min() > 0
 
 
 def test_layers_given_one_primal_share_nothing():

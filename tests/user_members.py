@@ -31,6 +31,17 @@ class Gain(Transform):
 
 
 @keras.saving.register_keras_serializable(package="tests")
+class Mixing(Transform):
+    """Asks for its weight by position, with Keras's initialiser and name."""
+
+    def build(self, add_weight, num_heads, depth):
+        return {"mixing": add_weight((num_heads, depth), None, "float32")}
+
+    def apply(self, x, statistics, weights):
+        return x * weights["mixing"]
+
+
+@keras.saving.register_keras_serializable(package="tests")
 class Scale(Transform):
     """Written without a dataclass."""
 

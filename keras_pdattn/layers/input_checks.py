@@ -1,30 +1,6 @@
 """Checks of what attention layers are called on: early, by name, the same on every backend."""
 
-import keras
-
 from keras_pdattn.ops.masks import fits
-
-_SPARSE_OR_RAGGED = ("SparseTensor", "RaggedTensor", "IndexedSlices", "BCOO", "BCSR")
-
-
-def check_tensors(**tensors):
-    """Raises unless `tensors` are dense and floating point."""
-    for name, tensor in tensors.items():
-        if _is_sparse_or_ragged(tensor):
-            raise ValueError(
-                f"`{name}` must be a dense tensor. Received: {name} of type {type(tensor).__name__}"
-            )
-        dtype = keras.backend.standardize_dtype(tensor.dtype)
-        if not keras.backend.is_float_dtype(dtype):
-            error = TypeError if dtype == "string" else ValueError
-            raise error(f"`{name}` must be floating point. Received: {name} of dtype {dtype}")
-
-
-def _is_sparse_or_ragged(tensor):
-    flags = ("sparse", "ragged", "is_sparse")
-    return type(tensor).__name__ in _SPARSE_OR_RAGGED or any(
-        getattr(tensor, flag, False) is True for flag in flags
-    )
 
 
 def check_shapes(query, value, key):
@@ -44,6 +20,15 @@ def check_shapes(query, value, key):
         raise ValueError(
             "`query` must have the rank and the batch size of `value` and `key`. "
             f"Received: {received}"
+        )
+
+
+def check_rank(expected, query, value, key):
+    """Raises unless the inputs have the rank the layer was built for."""
+    if len(query) != expected:
+        raise ValueError(
+            f"The layer was built for inputs of rank {expected}. "
+            f"Received: query.shape={query}, value.shape={value}, key.shape={key}"
         )
 
 

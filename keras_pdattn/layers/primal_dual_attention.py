@@ -6,7 +6,7 @@ from keras_pdattn import descriptions, ops, primals, validation
 from keras_pdattn.layers import input_checks
 from keras_pdattn.layers.masking import attach_mask, detached_masks
 from keras_pdattn.layers.primal_weights import PrimalWeights
-from keras_pdattn.ops import masks
+from keras_pdattn.ops import checks, masks
 from keras_pdattn.ops.axes import AttendedAxes
 
 
@@ -32,9 +32,9 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
     the masks Keras attaches to tensors; the output carries the query's. An
     `attention_mask` and `sliding_window` restrict what a query sums over.
 
-    Causal use: a query's output is that of the last query of a non-causal call
-    on the keys up to it, statistics and windows included. A convolution drops
-    its taps that look ahead.
+    Causal use: a query's output is that of the last query of a causal call on the
+    keys up to it, statistics and windows included; and of a non-causal one, but
+    for convolutions, whose taps that look ahead a causal call drops.
 
     Cost: that of `primal`; softmax over all keys takes queries times keys
     products per head.
@@ -54,7 +54,8 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         sliding_window: a query sees keys less than this many positions away,
             along each attended axis; `None` for all.
         flash_attention: whether to insist on the backend's flash kernel; `None`
-            leaves the choice to it.
+            leaves the choice to it. The kernel takes a window as a mask of queries
+            times keys.
         kernel_initializer: initialiser of the projections' kernels.
         bias_initializer: initialiser of their biases.
         kernel_regularizer: regulariser of their kernels.
@@ -140,6 +141,8 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             validation.positive_int("value_dim", value_dim)
         if sliding_window is not None:
             validation.positive_int("sliding_window", sliding_window)
+        if attention_axes is not None:
+            validation.axes("attention_axes", attention_axes)
         validation.real("dropout", dropout, "a number in [0, 1)", lambda value: 0 <= value < 1)
         super().__init__(
             num_heads=num_heads,
@@ -184,6 +187,7 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         if self.built:
             return
         super().build(query_shape, value_shape, key_shape)
+        self._rank = len(query_shape)
         self._widths = {name: shape[-1] for name, shape in shapes.items()}
         self._axes = AttendedAxes.of(len(query_shape), self._attention_axes)
         self.primal.check_call(len(self._axes.attended))
@@ -217,12 +221,14 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
 
     def _check_shapes(self, shapes):
         input_checks.check_shapes(**shapes)
+        if self.built:
+            input_checks.check_rank(self._rank, **shapes)
         input_checks.check_axes(self._attention_axes, shapes["query"], shapes["value"])
         input_checks.check_widths(self._widths if self.built else None, **shapes)
 
     def _check_call(self, query, value, key, return_attention_scores, use_causal_mask):
         tensors = {"query": query, "value": value, "key": key}
-        input_checks.check_tensors(**tensors)
+        checks.check_tensors(**tensors)
         self._check_shapes({name: tuple(tensor.shape) for name, tensor in tensors.items()})
         self.primal.check_call(len(self._axes.attended), use_causal_mask)
         if self._flash_attention and return_attention_scores:

@@ -21,7 +21,7 @@ class PrimalWeights(keras.layers.Layer):
         ]
 
     def _adder(self, prefix):
-        def add_weight(name, **kwargs):
-            return self.add_weight(name=f"{prefix}_{name}", **kwargs)
+        def add_weight(*args, name="weight", **kwargs):
+            return self.add_weight(*args, name=f"{prefix}_{name}", **kwargs)
 
         return add_weight

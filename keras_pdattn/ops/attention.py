@@ -6,7 +6,7 @@ import functools
 from keras import ops
 
 from keras_pdattn import validation
-from keras_pdattn.ops import masks
+from keras_pdattn.ops import checks, masks
 from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.ops.indexing import zero_where_masked
 from keras_pdattn.ops.kernels import in_output_layout
@@ -42,10 +42,11 @@ def attention(
     A key that `key_mask` leaves out is in no training set: not in the
     statistics of a transform, not in the mean of a window. A causal query is
     fitted on the keys up to its own position, so that its output is that of
-    the last query of a non-causal call on the prefix (where a convolution has
-    taps that look ahead, they are dropped). `mask` and
-    `sliding_window` restrict the sum of each query, and no statistics. A query
-    that sees nothing gets zero, with zero gradient.
+    the last query of a causal call on the prefix, and, but for a convolution,
+    whose taps that look ahead a causal call drops for every key, of a
+    non-causal call on it. `mask` and `sliding_window` restrict the sum of each
+    query, and no statistics. A query that sees nothing gets zero, with zero
+    gradient.
 
     Args:
         query: tensor of shape `(batch, queries, heads, depth)`.
@@ -60,9 +61,10 @@ def attention(
         query_mask: as `key_mask`, of shape `(batch, queries)`; a query marked
             False sees nothing.
         sliding_window: positive integer, or `None`; query `i` sees key `j` only
-            where `|i - j| < sliding_window`, along each axis. The training set of
-            all keys becomes `SlidingWindow`; any other takes a mask of queries
-            times keys.
+            where `|i - j| < sliding_window`, along each axis. Heads fitted on all
+            keys work in bands then, and those in a `SlidingWindow` still do;
+            scaled heads, and training sets of yours without `within`, take a mask
+            of queries times keys.
         weights: list with a dict of tensors for each transform of `primal` and
             one for its feature map, as their `build` returns them, or `None` for
             their initial values.
@@ -72,7 +74,7 @@ def attention(
         flash_attention: as in `keras.ops.dot_product_attention`.
         query_grid: sizes of the axes that queries run over in raster order, or
             `None` for one axis. Windows are boxes on them.
-        key_grid: the same for keys.
+        key_grid: the same for keys, with as many axes.
 
     Returns:
         The output, `(batch, queries, heads, value_depth)`, in the dtype of
@@ -81,8 +83,9 @@ def attention(
         query sees nothing), and scores times values is the output.
 
     Raises:
-        ValueError: if shapes do not fit each other, a mask is neither boolean nor
-            made of 0 and 1, or `primal` has no meaning for such a call.
+        ValueError: if tensors are not floating point, shapes, grids or weights do
+            not fit, a mask is neither boolean nor made of 0 and 1, or `primal` has
+            no meaning for such a call.
 
     Cost:
         That of the members of `primal`, which their documentation states.
@@ -103,11 +106,15 @@ def attention(
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
     # Names of primals are resolved one level above the ops.
-    from keras_pdattn import primals, training_sets
+    from keras_pdattn import primals
 
     primal = primals.get(primal)
+    if sliding_window is not None:
+        validation.positive_int("sliding_window", sliding_window)
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
-    masks.check_shapes(query, key, value)
+    checks.check_tensors(query=query, key=key, value=value)
+    checks.check_shapes(query, key, value)
+    checks.check_grids(query.shape[1], key.shape[1], query_grid, key_grid)
     primal.check_call(1 if key_grid is None else len(key_grid), is_causal)
     num_heads, query_length = query.shape[2], ops.shape(query)[1]
     groups = primal.training_set.groups(num_heads)
@@ -119,26 +126,21 @@ def attention(
         key_mask = masks.padding("key_mask", key_mask, key)
         value = zero_where_masked(value, key_mask)
     if mask is not None:
-        target = (query.shape[0], num_heads, query.shape[1], key.shape[1])
-        mask = masks.broadcastable("mask", mask, target)
+        mask = masks.of_queries_and_keys("mask", mask, query, key)
     if weights is None:
         shape = (num_heads, key.shape[3])
         weights = [member.initial_weights(*shape) for member in primal.weighted_members]
+    checks.check_weights(primal.weighted_members, weights)
 
     queries = Queries(query, query_mask, query_grid).zero_padding()
     keys = Examples.keys(
         key, value, query_length, is_causal, mask=key_mask, visible=mask, grid=key_grid
     ).zero_padding()
-    if sliding_window is not None:
-        validation.positive_int("sliding_window", sliding_window)
-        window = training_sets.SlidingWindow(sliding_window)
-        if primal.training_set == training_sets.AllKeys():
-            groups = window.groups(num_heads)
-        else:
-            near = window.select(keys, queries).window.visibility()
-            keys = dataclasses.replace(keys, visible=masks.intersect(near, keys.visible))
     outputs, scores = [], []
     for heads, training_set in groups:
+        its_keys = keys.of(heads)
+        if sliding_window is not None:
+            training_set, its_keys = _within(sliding_window, training_set, its_keys, queries)
         solve = functools.partial(
             _solve,
             primal=primal,
@@ -151,7 +153,7 @@ def attention(
         if is_causal and not _has_causal_form(primal, training_set, key_grid):
             is_pointwise = all(transform.is_pointwise for transform in primal.transform)
             solve = functools.partial(prefix_by_prefix, solve, is_pointwise=is_pointwise)
-        output, group_scores = solve(queries.of(heads), keys.of(heads))
+        output, group_scores = solve(queries.of(heads), its_keys)
         outputs.append(output)
         scores.append(group_scores)
     output = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=2)
@@ -164,6 +166,19 @@ def attention(
     if query_mask is not None:
         scores = ops.where(ops.expand_dims(rows, axis=-1), scores, 0.0)
     return output, ops.cast(scores, value.dtype)
+
+
+def _within(sliding_window, training_set, keys, queries):
+    """The training set and the keys of it, limited to a sliding window by either of the two."""
+    from keras_pdattn import training_sets
+
+    near = training_set.within(sliding_window)
+    if near is not None:
+        return near, keys
+    window = training_sets.SlidingWindow(sliding_window).select(keys, queries).window
+    return training_set, dataclasses.replace(
+        keys, visible=masks.intersect(window.visibility(), keys.visible)
+    )
 
 
 def _has_causal_form(primal, training_set, key_grid):

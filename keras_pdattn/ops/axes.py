@@ -115,8 +115,8 @@ class AttendedAxes:
         queries, keys = ops.shape(query), ops.shape(value)
         time = [queries[axis] for axis in self.attended] + [keys[axis] for axis in self.attended]
         shape = ops.shape(mask)
-        batch, heads = list(shape[: lead - 1]), shape[lead - 1]
-        if any(size != 1 for size in batch):
+        batch, heads = [1] * (lead - 1), shape[lead - 1]
+        if tuple(mask.shape[: lead - 1]) != tuple(batch):
             batch = [queries[0]] + [queries[axis] for axis in self.free]
         mask = ops.broadcast_to(mask, tuple(batch) + (heads,) + tuple(time))
         count = len(self.attended)

@@ -42,7 +42,8 @@ def masked_share(kernel, log_scale=None, visible=None):
 
 def share(part, total):
     """`part / total`; zero, with zero gradient, where the total is."""
-    return ops.where(total > 0, part / ops.where(total > 0, total, 1.0), 0.0)
+    is_zero = total == 0
+    return ops.where(is_zero, 0.0, part / ops.where(is_zero, 1.0, total))
 
 
 def dual_attention(query, examples, weigh, dropout=None, return_weights=True):

@@ -9,15 +9,17 @@ def as_boolean(name, mask):
     """Returns `mask` as a boolean tensor.
 
     Raises:
-        ValueError: if it is an additive float mask, or a float mask whose
-            values can't be read because it is symbolic or traced.
+        ValueError: if it is an additive mask, or a float mask whose values can't
+            be read because it is symbolic or traced. (An integer one is trusted
+            there, as Keras and KerasHub make such masks themselves.)
     """
     if not hasattr(mask, "dtype"):
         mask = np.asarray(mask)
     dtype = keras.backend.standardize_dtype(mask.dtype)
     if dtype == "bool":
         return mask if keras.backend.is_keras_tensor(mask) else ops.convert_to_tensor(mask)
-    if not keras.backend.is_int_dtype(dtype) and not _holds_zeros_and_ones(mask):
+    is_trusted_unread = keras.backend.is_int_dtype(dtype)
+    if not _holds_zeros_and_ones(mask, if_unreadable=is_trusted_unread):
         raise ValueError(
             f"`{name}` must be boolean, True where a query may see a key (or 0 and 1). An additive "
             "mask (0 and large negative numbers) has the opposite sense and is refused; convert it "
@@ -27,14 +29,14 @@ def as_boolean(name, mask):
     return mask if keras.backend.is_keras_tensor(mask) else ops.cast(mask, "bool")
 
 
-def _holds_zeros_and_ones(mask):
-    """Whether a float `mask` can be read here and now, and holds nothing but 0 and 1."""
+def _holds_zeros_and_ones(mask, if_unreadable):
+    """Whether `mask` holds nothing but 0 and 1; `if_unreadable` where that can't be seen yet."""
     if keras.backend.is_keras_tensor(mask):
-        return False
+        return if_unreadable
     try:
         values = keras.ops.convert_to_numpy(mask)
     except Exception:  # Each backend has its own class for "this is being traced".
-        return False
+        return if_unreadable
     return bool(np.isin(values, (0, 1)).all())
 
 
@@ -49,15 +51,31 @@ def padding(name, mask, x):
     return mask
 
 
-def broadcastable(name, mask, target):
-    """Returns `mask` as a boolean that broadcasts to `target`, of the same rank."""
+def of_queries_and_keys(name, mask, query, key):
+    """Returns `mask` as a boolean `(B or 1, H or 1, T or 1, S)`.
+
+    Which of its sizes are 1 is known from its static shape then, and keys have
+    an axis of their own, as those who pool or window them need.
+
+    Args:
+        name: what `mask` is called in errors.
+        mask: broadcastable to `(B, H, T, S)`.
+        query: tensor of shape `(B, T, H, D)`.
+        key: tensor of shape `(B, S, H, D)`.
+    """
     mask = as_boolean(name, mask)
+    target = (query.shape[0], query.shape[2], query.shape[1], key.shape[1])
     if not fits(mask.shape, target):
         raise ValueError(
-            f"`{name}` must be broadcastable to (batch, heads, queries, keys) = {tuple(target)}. "
+            f"`{name}` must be broadcastable to (batch, heads, queries, keys) = {target}. "
             f"Received: {name} of shape {tuple(mask.shape)}"
         )
-    return mask
+    if None not in mask.shape and mask.shape[3] == key.shape[1]:
+        return mask
+    batch, query_length, num_heads, _ = ops.shape(query)
+    known = [1 if size == 1 else None for size in mask.shape[:3]] + [None]
+    sizes = (batch, num_heads, query_length, ops.shape(key)[1])
+    return ops.broadcast_to(mask, tuple(one or size for one, size in zip(known, sizes)))
 
 
 def fits(shape, target, exactly=False):
@@ -75,24 +93,3 @@ def intersect(mask, other):
     if mask is None or other is None:
         return other if mask is None else mask
     return ops.logical_and(mask, other)
-
-
-def check_shapes(query, key, value):
-    """Raises a `ValueError` unless the shapes of projected tensors fit each other."""
-    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
-    received = ", ".join(f"{name}.shape={tuple(shape)}" for name, shape in shapes.items())
-    if any(len(shape) != 4 for shape in shapes.values()):
-        raise ValueError(
-            "`query`, `key` and `value` must have the shape (batch, time, heads, depth). "
-            f"Received: {received}"
-        )
-    batch_and_heads = [(shape[0], shape[2]) for shape in shapes.values()]
-    if not all(fits(other, batch_and_heads[0], exactly=True) for other in batch_and_heads[1:]):
-        raise ValueError(
-            f"`query`, `key` and `value` must have one batch size and one number of heads. "
-            f"Received: {received}"
-        )
-    if not fits(key.shape[:2], value.shape[:2], exactly=True):
-        raise ValueError(f"`key` and `value` must have one length. Received: {received}")
-    if not fits((query.shape[3],), (key.shape[3],), exactly=True):
-        raise ValueError(f"`query` and `key` must have one depth. Received: {received}")

@@ -30,7 +30,8 @@ class Window:
 
     Query i sees key j where, along every axis, `|i - j| < size * dilation` and
     `i - j` is a multiple of `dilation`. The first `global_tokens` valid keys are
-    seen by all; a query that stands where one of them does sees all.
+    seen by all; a query that stands where one of them does sees all. Whatever
+    is further than `reach` along an axis, though, nobody sees.
 
     Attributes:
         size: positive integer, steps to either side, its own position counted.
@@ -41,6 +42,8 @@ class Window:
         key_grid: the same for keys.
         key_length: the number of keys, S.
         valid: boolean `(B or 1, S)`, False for padding.
+        reach: positive integer, from how many positions away even global tokens
+            and keys are not seen; or `None`.
     """
 
     size: int
@@ -51,6 +54,7 @@ class Window:
     key_grid: tuple | None
     key_length: Any
     valid: Any
+    reach: int | None = None
 
     @property
     def num_axes(self):
@@ -60,11 +64,9 @@ class Window:
     def visibility(self):
         """Boolean `(B or 1, 1, T, S)`: which query is near which key, or either is global."""
         near = None
-        keys = ops.arange(self.key_length, dtype="int32")
-        for query, key in zip(
-            coordinates(self.position, self.query_grid), coordinates(keys, self.key_grid)
-        ):
-            distance = ops.abs(ops.expand_dims(query, axis=-1) - key)
+        query = ops.expand_dims(self.position, axis=-1)
+        key = ops.arange(self.key_length, dtype="int32")
+        for distance in self._distances(query, key):
             near = masks.intersect(near, distance < self.size * self.dilation)
             if self.dilation > 1:
                 near = masks.intersect(near, distance % self.dilation == 0)
@@ -75,7 +77,23 @@ class Window:
             near = ops.logical_or(
                 near, ops.expand_dims(self.at_queries(is_global, self.position), axis=-1)
             )
+            near = masks.intersect(near, self.within_reach(query, key))
         return ops.expand_dims(near, axis=1)
+
+    def _distances(self, query, key):
+        """How far raster positions of queries and keys are apart, along each axis."""
+        return [
+            ops.abs(x - y)
+            for x, y in zip(coordinates(query, self.query_grid), coordinates(key, self.key_grid))
+        ]
+
+    def within_reach(self, query, key):
+        """Whether raster positions are no further apart than is seen at all; `None` if all are."""
+        near = None
+        if self.reach is not None:
+            for distance in self._distances(query, key):
+                near = masks.intersect(near, distance < self.reach)
+        return near
 
     def is_global(self):
         """Boolean `(B or 1, S)`: the global tokens, whatever padding comes in front of them."""
@@ -100,15 +118,16 @@ class Window:
         return min(max(self.size, least), MOST_BLOCK)
 
     def has_bands(self, is_causal):
-        """Whether to work in bands: every query asked for, and fewer keys in a band than in all."""
+        """Whether to work in bands: every query asked for, and fewer pairs in bands than in all."""
         if len(self.position.shape) == 2:
             return False
         if is_causal and not self._has_equal_rows():
             return False  # Raster order need not be that of coordinates.
-        if not isinstance(self.key_length, int):
+        sizes = (*(self.query_grid or self.position.shape), self.key_length)
+        if not all(isinstance(size, int) for size in sizes):
             return True
-        width = self.block() + 2 * (self.size - 1)
-        return self.key_length > (width * self.dilation) ** self.num_axes
+        num_queries = math.prod(sizes[:-1])
+        return _Bands(self, num_queries, is_causal).num_pairs < num_queries * self.key_length
 
     def _has_equal_rows(self):
         """Whether the rows of both grids are known to be as long."""
@@ -153,12 +172,12 @@ def banded_attention(query, examples, weigh, dropout=None):
         extra = ops.einsum("bnqhf,bghf->bhnqg", blocks, tokens.key)
         products = ops.concatenate([products, extra], axis=-1)
         seen = ops.expand_dims(tokens.exists, axis=(1, 2, 3))
+        token = ops.expand_dims(tokens.position, axis=(1, 2, 3))
+        position = ops.expand_dims(ops.arange(ops.shape(query)[1], dtype="int32"), axis=0)
+        position = ops.expand_dims(bands.blocks(position), axis=(1, 4))
+        seen = masks.intersect(seen, window.within_reach(position, token))
         if is_causal:
-            position = ops.expand_dims(ops.arange(ops.shape(query)[1], dtype="int32"), axis=0)
-            position = ops.expand_dims(bands.blocks(position), axis=(1, 4))
-            seen = masks.intersect(
-                seen, ops.expand_dims(tokens.position, axis=(1, 2, 3)) <= position
-            )
+            seen = masks.intersect(seen, token <= position)
         visible = _join(visible, seen, products)
         if log_scale is not None:
             extra = ops.expand_dims(ops.transpose(tokens.log_scale, (0, 2, 1)), axis=(2, 3))
@@ -206,6 +225,14 @@ class _Bands:
     def ahead(self, axis):
         """How far a query sees along `axis`; in raster order a causal one sees no later row."""
         return 0 if self.is_causal and axis == 0 else self.reach
+
+    @property
+    def num_pairs(self):
+        """The number of pairs of a query, or what fills up its block, and a key of its slab."""
+        num_queries = math.prod(self.num_blocks) * (self.block * self.window.dilation) ** (
+            self.num_axes
+        )
+        return num_queries * self.width
 
     @property
     def width(self):
@@ -360,10 +387,12 @@ class _GlobalTokens:
         index = ops.broadcast_to(self.position, ops.shape(self.key)[:2])
         asked = take_along_time(query, ops.minimum(index, last))
         products = ops.einsum("bghf,bshf->bhgs", asked, examples.key)
-        visible = ops.expand_dims(window.valid, axis=(1, 2))
+        visible = ops.expand_dims(window.valid, axis=1)
+        key, position = ops.arange(window.key_length, dtype="int32"), append_axes(self.position, 1)
+        visible = masks.intersect(visible, window.within_reach(position, key))
         if examples.is_causal:
-            later = ops.arange(window.key_length, dtype="int32") > append_axes(self.position, 1)
-            visible = ops.logical_and(visible, ops.expand_dims(ops.logical_not(later), axis=1))
+            visible = masks.intersect(visible, key <= position)
+        visible = ops.expand_dims(visible, axis=1)
         log_scale = examples.log_scale
         if log_scale is not None:
             log_scale = ops.expand_dims(ops.transpose(log_scale, (0, 2, 1)), axis=2)

@@ -1,0 +1,77 @@
+"""Checks of tensors, raised before a backend sees them, the same on every backend."""
+
+import math
+
+import keras
+
+from keras_pdattn.ops.masks import fits
+
+_SPARSE_OR_RAGGED = ("SparseTensor", "RaggedTensor", "IndexedSlices", "BCOO", "BCSR")
+
+
+def check_tensors(**tensors):
+    """Raises unless `tensors` are dense and floating point."""
+    for name, tensor in tensors.items():
+        if _is_sparse_or_ragged(tensor):
+            raise ValueError(
+                f"`{name}` must be a dense tensor. Received: {name} of type {type(tensor).__name__}"
+            )
+        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        if not keras.backend.is_float_dtype(dtype):
+            error = TypeError if dtype == "string" else ValueError
+            raise error(f"`{name}` must be floating point. Received: {name} of dtype {dtype}")
+
+
+def _is_sparse_or_ragged(tensor):
+    flags = ("sparse", "ragged", "is_sparse")
+    return type(tensor).__name__ in _SPARSE_OR_RAGGED or any(
+        getattr(tensor, flag, False) is True for flag in flags
+    )
+
+
+def check_shapes(query, key, value):
+    """Raises a `ValueError` unless the shapes of projected tensors fit each other."""
+    shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    received = ", ".join(f"{name}.shape={tuple(shape)}" for name, shape in shapes.items())
+    if any(len(shape) != 4 for shape in shapes.values()):
+        raise ValueError(
+            "`query`, `key` and `value` must have the shape (batch, time, heads, depth). "
+            f"Received: {received}"
+        )
+    batch_and_heads = [(shape[0], shape[2]) for shape in shapes.values()]
+    if not all(fits(other, batch_and_heads[0], exactly=True) for other in batch_and_heads[1:]):
+        raise ValueError(
+            f"`query`, `key` and `value` must have one batch size and one number of heads. "
+            f"Received: {received}"
+        )
+    if not fits(key.shape[:2], value.shape[:2], exactly=True):
+        raise ValueError(f"`key` and `value` must have one length. Received: {received}")
+    if not fits((query.shape[3],), (key.shape[3],), exactly=True):
+        raise ValueError(f"`query` and `key` must have one depth. Received: {received}")
+
+
+def check_grids(query_length, key_length, query_grid, key_grid):
+    """Raises a `ValueError` unless both grids are given or neither, and hold the lengths."""
+    received = f"query_grid={query_grid}, key_grid={key_grid}"
+    if query_grid is None and key_grid is None:
+        return
+    if query_grid is None or key_grid is None or len(query_grid) != len(key_grid):
+        raise ValueError(
+            "`query_grid` and `key_grid` must both be given, with one number of axes, or neither. "
+            f"Received: {received}"
+        )
+    for name, length, grid in (("query", query_length, query_grid), ("key", key_length, key_grid)):
+        is_known = all(isinstance(size, int) for size in (length, *grid))
+        if is_known and math.prod(grid) != length:
+            raise ValueError(
+                f"`{name}_grid` must hold the {length} positions of `{name}`. Received: {received}"
+            )
+
+
+def check_weights(members, weights):
+    """Raises a `ValueError` unless there is a dict of weights for each of `members`."""
+    if len(weights) != len(members):
+        raise ValueError(
+            "`weights` must hold a dict for each transform and one for the feature map, here "
+            f"{len(members)} in all. Received: weights of length {len(weights)}"
+        )
