@@ -55,6 +55,9 @@ class FeatureMap(descriptions.WeightedMember):
     #: Whether adding one constant to all products of a query changes nothing.
     shift_invariant = False
 
+    #: Whether there are `features` to work with.
+    is_finite = True
+
     def features(self, x, weights):
         r"""Returns \(\Phi(x)\).
 
@@ -81,6 +84,24 @@ class FeatureMap(descriptions.WeightedMember):
         key are too large or small by for floats; `None` if that is nothing.
         """
         return self.features(x, weights), None
+
+    def log_kernel(self, x, y, weights):
+        r"""Returns \(\log \kappa(x, y)\), which itself may be beyond the range of floats.
+
+        Args:
+            x: tensor of shape `(batch, queries, heads, depth)`, float32 or wider.
+            y: tensor of shape `(batch, examples, heads, depth)`, likewise.
+            weights: what `build` returned, for these heads.
+
+        Returns:
+            Tensor of shape `(batch, heads, queries, examples)`.
+        """
+        (phi_x, scale_x), (phi_y, scale_y) = (self.key_features(z, weights) for z in (x, y))
+        log_kernel = ops.log(ops.einsum("bthf,bmhf->bhtm", phi_x, phi_y))
+        if scale_x is None:
+            return log_kernel
+        scale_x, scale_y = (ops.transpose(scale, (0, 2, 1)) for scale in (scale_x, scale_y))
+        return log_kernel + append_axes(scale_x, 1) + ops.expand_dims(scale_y, axis=2)
 
     def dual_query(self, x, weights):
         """Vectors whose products with `dual_key` are what `weigh` takes.
@@ -177,6 +198,10 @@ class Softmax(FeatureMap):
     """
 
     shift_invariant = True
+    is_finite = False
+
+    def log_kernel(self, x, y, weights):
+        return ops.einsum("bthd,bmhd->bhtm", x, y) * x.shape[-1] ** -0.5
 
     def weigh(self, products, log_scale, visible):
         return kernels.masked_softmax(products, log_scale, visible)

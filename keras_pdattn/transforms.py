@@ -172,6 +172,14 @@ class BatchNorm(Transform):
         start = keras.initializers.Constant(self.beta)
         return {"beta": add_weight(name="beta", shape=(), initializer=start, autocast=False)}
 
+    def fit(self, key, mask):
+        mean, variance = statistics.moments(key, mask)
+        return mean, self._inverse_deviation(variance)
+
+    def apply(self, x, statistics, weights):
+        mean, inverse = statistics
+        return (widen(x) - self._factor_on_mean(weights, mean.dtype) * mean) * inverse
+
     def has_causal_form(self, shift_invariant):
         return shift_invariant
 
@@ -179,18 +187,15 @@ class BatchNorm(Transform):
         if examples.is_causal:
             return self._fit_prefixes(queries, examples, weights)
         dtype = queries.x.dtype
-        mean, variance = statistics.moments(examples.key, examples.mask)
-        inverse = self._inverse_deviation(variance)
-        beta = self._factor_on_mean(weights, mean.dtype)
-        # What does not notice a shift of all keys gets centred ones whatever
-        # beta is: a common offset would eat the mantissa.
-        key_beta = 1.0 if shift_invariant else beta
-        key_mean = ops.stop_gradient(mean) if shift_invariant else mean
+        mean, inverse = statistics = self.fit(examples.key, examples.mask)
 
         def normalize_key(key):
-            return ops.cast((widen(key) - key_beta * key_mean) * inverse, dtype)
+            if not shift_invariant:
+                return ops.cast(self.apply(key, statistics, weights), dtype)
+            # Centred, whatever beta is: a common offset would eat the mantissa.
+            return ops.cast((widen(key) - ops.stop_gradient(mean)) * inverse, dtype)
 
-        x = ops.cast((widen(queries.x) - beta * mean) * inverse, dtype)
+        x = ops.cast(self.apply(queries.x, statistics, weights), dtype)
         return queries.with_x(x), examples.with_keys(normalize_key)
 
     def _fit_prefixes(self, queries, examples, weights):
@@ -246,6 +251,9 @@ class _Convolution(Transform):
         )
         return {"kernel": kernel}
 
+    def apply(self, x, statistics, weights):
+        return self._convolve(x, weights["kernel"])
+
     def __call__(self, queries, examples, weights, shift_invariant):
         kernel, dtype = weights["kernel"], queries.x.dtype
         looks_back = examples.looks_back_only
@@ -254,7 +262,7 @@ class _Convolution(Transform):
         key = self._convolve(examples.key, kernel, examples.grid, **taps)
         own = examples.own
         if own is not None:
-            before = self._convolve(examples.key, kernel, None, taps=convolution.past)
+            before = self._convolve(examples.key, kernel, taps=convolution.past)
             before = take_along_time(before, ops.minimum(examples.limit, ops.shape(key)[1] - 1))
             centre = ops.cast(kernel[self.kernel_size // 2], before.dtype)
             own = dataclasses.replace(own, key=centre * widen(own.key) + before)
@@ -303,7 +311,7 @@ class Conv1D(_Convolution):
     def __post_init__(self):
         validation.positive_odd_int("kernel_size", self.kernel_size)
 
-    def _convolve(self, x, kernel, grid, **taps):
+    def _convolve(self, x, kernel, grid=None, **taps):
         return convolution.depthwise(x, kernel, **taps)
 
 
@@ -385,7 +393,7 @@ class Conv2D(_Convolution):
                 f"their own. Received: grid={self.grid} with {num_axes} attended axes"
             )
 
-    def _convolve(self, x, kernel, grid, **taps):
+    def _convolve(self, x, kernel, grid=None, **taps):
         if self.grid is None:
             return convolution.depthwise(x, kernel, grid, **taps)
         tokens, length = self.class_tokens, x.shape[1]

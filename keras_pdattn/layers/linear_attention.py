@@ -3,7 +3,6 @@
 import keras
 
 from keras_pdattn import descriptions, feature_maps
-from keras_pdattn.feature_maps import Softmax
 from keras_pdattn.layers.fixed_primal_attention import FixedPrimalAttention
 from keras_pdattn.primals import Primal
 
@@ -67,7 +66,7 @@ class LinearAttention(FixedPrimalAttention):
         **kwargs,
     ):
         primal = Primal(feature_map=feature_map)
-        if primal.feature_map == Softmax():
+        if not primal.feature_map.is_finite:
             raise ValueError(
                 "Linear attention needs a finite feature map. Received: "
                 f"feature_map={feature_map!r}"

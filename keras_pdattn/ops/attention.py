@@ -145,7 +145,7 @@ def attention(
             _solve,
             primal=primal,
             training_set=training_set,
-            weights=[_of_heads(its_weights, heads) for its_weights in weights],
+            weights=weights_of_heads(weights, heads),
             dropout=dropout,
             return_scores=return_scores,
             flash_attention=flash_attention,
@@ -205,21 +205,38 @@ def _solve(
     flash_attention,
 ):
     """Solves the problem of one group of heads; returns output and scores (or `None`)."""
-    examples = transformed = training_set.select(keys, queries)
-    *transform_weights, map_weights = weights
-    for index, (transform, its_weights) in enumerate(zip(primal.transform, transform_weights)):
-        if index:
-            # What comes before need not leave padding at zero.
-            queries, transformed = queries.zero_padding(), transformed.zero_padding()
-        shift_invariant = _is_shift_invariant_after(primal, index)
-        queries, transformed = transform(queries, transformed, its_weights, shift_invariant)
+    examples = training_set.select(keys, queries)
+    queries, transformed = transform(primal, queries, examples, weights)
     query = queries.asked_for()
     transformed = transformed.with_keys(functools.partial(ops.cast, dtype=query.dtype))
     output, example_weights, own_weights = primal.feature_map.attend(
-        query, transformed, map_weights, dropout, return_scores, flash_attention
+        query, transformed, weights[-1], dropout, return_scores, flash_attention
     )
     scores = examples.spread(example_weights, own_weights) if return_scores else None
     return output, scores
+
+
+def transform(primal, queries, examples, weights, exactly=False):
+    """Applies the transforms of `primal` to the queries and the examples of some heads.
+
+    Args:
+        primal: a `Primal`.
+        queries: `Queries`.
+        examples: `Examples`, untransformed.
+        weights: those of these heads, for each transform and the feature map.
+        exactly: whether keys are wanted as they are, and not up to a shift of all
+            of them that the feature map does not notice.
+
+    Returns:
+        The queries and the examples, transformed.
+    """
+    for index, (one, its_weights) in enumerate(zip(primal.transform, weights)):
+        if index:
+            # What comes before need not leave padding at zero.
+            queries, examples = queries.zero_padding(), examples.zero_padding()
+        shift_invariant = not exactly and _is_shift_invariant_after(primal, index)
+        queries, examples = one(queries, examples, its_weights, shift_invariant)
+    return queries, examples
 
 
 def _nothing_to_see(query, value, return_scores):
@@ -230,9 +247,12 @@ def _nothing_to_see(query, value, return_scores):
     return (output, scores) if return_scores else output
 
 
-def _of_heads(weights, heads):
+def weights_of_heads(weights, heads):
     """The weights of some heads: all but scalars have the layout `(..., heads, depth)`."""
-    return {
-        name: weight[..., heads, :] if len(weight.shape) > 1 else weight
-        for name, weight in weights.items()
-    }
+    return [
+        {
+            name: weight[..., heads, :] if len(weight.shape) > 1 else weight
+            for name, weight in of_member.items()
+        }
+        for of_member in weights
+    ]
