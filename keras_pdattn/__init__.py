@@ -1,12 +1,13 @@
 """The attention family of primal-dual theory, for Keras 3."""
 
-from keras_pdattn import feature_maps, layers, ops, primals, training_sets, transforms
+from keras_pdattn import duality, feature_maps, layers, ops, primals, training_sets, transforms
 from keras_pdattn.primals import Primal
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Primal",
+    "duality",
     "feature_maps",
     "layers",
     "ops",

@@ -5,9 +5,11 @@ from keras_pdattn.layers.batch_norm_scaled_head_attention import BatchNormScaled
 from keras_pdattn.layers.conv1d_attention import Conv1DAttention
 from keras_pdattn.layers.conv2d_attention import Conv2DAttention
 from keras_pdattn.layers.linear_attention import LinearAttention
+from keras_pdattn.layers.normalized_features import NormalizedFeatures
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
 from keras_pdattn.layers.scaled_head_attention import ScaledHeadAttention
 from keras_pdattn.layers.sliding_window_attention import SlidingWindowAttention
+from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
 
 __all__ = [
     "BatchNormAttention",
@@ -15,7 +17,9 @@ __all__ = [
     "Conv1DAttention",
     "Conv2DAttention",
     "LinearAttention",
+    "NormalizedFeatures",
     "PrimalDualAttention",
     "ScaledHeadAttention",
     "SlidingWindowAttention",
+    "SupportVectorAttention",
 ]

@@ -20,6 +20,12 @@ class PrimalWeights(keras.layers.Layer):
             for index, member in enumerate(self.members)
         ]
 
+    def assign(self, by_member):
+        """Takes over weights: a list with a dict for each member, in order."""
+        for variables, weights in zip(self.by_member, by_member):
+            for name, variable in variables.items():
+                variable.assign(weights[name])
+
     def _adder(self, prefix):
         def add_weight(*args, name="weight", **kwargs):
             return self.add_weight(*args, name=f"{prefix}_{name}", **kwargs)
