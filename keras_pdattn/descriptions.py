@@ -75,6 +75,16 @@ class WeightedMember(Member):
         """
         return {}
 
+    def multiply_adds(self, num_queries, examples, depth):
+        """Multiply-adds of one head, beside work that grows with the size of its tensors only.
+
+        Args:
+            num_queries: the number of queries.
+            examples: `ops.examples.Examples`, of which the shapes count.
+            depth: depth of queries and keys.
+        """
+        return 0
+
     def initial_weights(self, num_heads, depth):
         """What `build` would start from, as plain tensors."""
 

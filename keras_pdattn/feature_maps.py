@@ -146,7 +146,7 @@ class FeatureMap(descriptions.WeightedMember):
                 f"Received: feature_map={self!r}"
             )
         query, examples = widen(query), examples.with_keys(widen)
-        if self._uses_primal_form(query, examples, weights, return_weights):
+        if self.uses_primal_form(query, examples, weights, return_weights):
             query = self.query_features(query, weights)
             examples = examples.with_scaled_keys(lambda key: self.key_features(key, weights))
             result = states.primal_attention(query, examples), None, None
@@ -157,15 +157,20 @@ class FeatureMap(descriptions.WeightedMember):
         output, *attention_weights = result
         return output if dropout is None else dropout(output), *attention_weights
 
-    def _uses_primal_form(self, query, examples, weights, return_weights):
-        if return_weights or examples.visible is not None or examples.window is not None:
+    def uses_primal_form(self, query, examples, weights, return_weights):
+        """Whether `attend` works with states, and not with the kernel of all pairs."""
+        is_restricted = examples.visible is not None or examples.window is not None
+        if return_weights or is_restricted or not self.is_finite:
             return False
-        widths = [
-            function(query[:, :1], weights).shape[-1]
-            for function in (self.query_features, self.dual_query)
-        ]
+        widths = self.widths(query[:, :1], weights)
         lengths = query.shape[1], examples.key.shape[1]
         return states.is_cheaper(*lengths, *widths, examples.value.shape[-1], examples.is_causal)
+
+    def widths(self, x, weights):
+        """How wide the features of `x` are, and the vectors for the dual form."""
+        return [
+            function(x, weights).shape[-1] for function in (self.query_features, self.dual_query)
+        ]
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -405,6 +410,10 @@ class PositiveRandom(FeatureMap):
             autocast=False,
         )
         return {"omega": omega}
+
+    def multiply_adds(self, num_queries, examples, depth):
+        num_own = 0 if examples.own is None else num_queries
+        return (num_queries + examples.key.shape[1] + num_own) * self.num_features * depth
 
     def redraw(self, weights, seed):
         """Draws the weights of a layer anew."""

@@ -254,6 +254,15 @@ class _Convolution(Transform):
     def apply(self, x, statistics, weights):
         return self._convolve(x, weights["kernel"])
 
+    def multiply_adds(self, num_queries, examples, depth):
+        taps, num_examples = self.kernel_size**self.rank, examples.key.shape[1]
+        if examples.looks_back_only:
+            taps = taps // 2 + 1
+        products = (num_queries + num_examples) * taps
+        if examples.own is not None:
+            products += num_examples * (taps - 1) + num_queries
+        return products * depth
+
     def __call__(self, queries, examples, weights, shift_invariant):
         kernel, dtype = weights["kernel"], queries.x.dtype
         looks_back = examples.looks_back_only

@@ -150,7 +150,7 @@ def attention(
             return_scores=return_scores,
             flash_attention=flash_attention,
         )
-        if is_causal and not _has_causal_form(primal, training_set, key_grid):
+        if is_causal and not has_causal_form(primal, training_set, key_grid):
             is_pointwise = all(transform.is_pointwise for transform in primal.transform)
             solve = functools.partial(prefix_by_prefix, solve, is_pointwise=is_pointwise)
         output, group_scores = solve(queries.of(heads), its_keys)
@@ -181,7 +181,7 @@ def _within(sliding_window, training_set, keys, queries):
     )
 
 
-def _has_causal_form(primal, training_set, key_grid):
+def has_causal_form(primal, training_set, key_grid):
     """Whether one call of its members serves all queries of a causal call."""
     return training_set.has_causal_form(1 if key_grid is None else len(key_grid)) and all(
         transform.has_causal_form(_is_shift_invariant_after(primal, index))

@@ -10,6 +10,11 @@ from keras_pdattn.ops.indexing import join_axes
 BLOCK = 16
 
 
+def num_prefixes(query_length):
+    """How many prefixes are solved for that many queries: whole blocks of them, but for few."""
+    return query_length if query_length <= BLOCK else -(-query_length // BLOCK) * BLOCK
+
+
 def prefix_by_prefix(solve, queries, keys, is_pointwise):
     """Solves, for each query, the problem of the keys up to it.
 

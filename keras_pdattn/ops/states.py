@@ -44,12 +44,33 @@ def is_cheaper(query_length, num_examples, num_features, dual_width, value_depth
     """
     if not isinstance(query_length, int) or not isinstance(num_examples, int):
         return True
-    state = num_features * (value_depth + 1)
-    primal = (query_length + num_examples) * state
-    if is_causal:
-        in_chunk = min(chunk_size(num_features), num_examples)
-        primal += query_length * in_chunk * (num_features + value_depth + 1)
+    primal = multiply_adds(query_length, num_examples, num_features, value_depth, is_causal)
     return primal < query_length * num_examples * (dual_width + value_depth)
+
+
+def multiply_adds(query_length, num_examples, num_features, value_depth, is_causal, stride=1):
+    """Multiply-adds of the primal form, for one head.
+
+    Args:
+        query_length: the number of queries.
+        num_examples: the number of examples.
+        num_features: width of the feature map.
+        value_depth: depth of a value.
+        is_causal: whether queries see prefixes.
+        stride: queries to an example, if causal.
+    """
+    state = num_features * (value_depth + 1)
+    if not is_causal:
+        return (query_length + num_examples) * state
+    chunk = chunk_size(num_features)
+    count = num_chunks(query_length, num_features, stride)
+    rows = count * chunk * stride
+    return (rows + count * chunk) * state + rows * chunk * (num_features + value_depth + 1)
+
+
+def num_chunks(query_length, num_features, stride=1):
+    """The number of chunks of a causal call, each with a state."""
+    return -(-query_length // (chunk_size(num_features) * stride))
 
 
 def primal_attention(query, examples):
@@ -104,8 +125,7 @@ def _causal_sums(query, key, value, log_scale, examples):
 def _chunked_sums(query, key, value, log_scale, examples):
     """`_causal_sums` for queries by step: states before each chunk, products in it."""
     length, chunk = ops.shape(query)[1], chunk_size(key.shape[-1])
-    rows = chunk * examples.stride
-    count = (length + rows - 1) // rows
+    rows, count = chunk * examples.stride, num_chunks(length, key.shape[-1], examples.stride)
 
     def chunks(x, size, fill=0):
         return split_axis(fit_axis(x, 1, count * size, fill), 1, size)

@@ -127,7 +127,13 @@ class Window:
         if not all(isinstance(size, int) for size in sizes):
             return True
         num_queries = math.prod(sizes[:-1])
-        return _Bands(self, num_queries, is_causal).num_pairs < num_queries * self.key_length
+        return self.num_pairs(num_queries, is_causal) < num_queries * self.key_length
+
+    def num_pairs(self, num_queries, is_causal):
+        """How many products of a query and a key bands hold."""
+        bands = _Bands(self, num_queries, is_causal)
+        in_bands = bands.num_queries * (bands.width + self.global_tokens)
+        return in_bands + self.global_tokens * self.key_length
 
     def _has_equal_rows(self):
         """Whether the rows of both grids are known to be as long."""
@@ -227,12 +233,9 @@ class _Bands:
         return 0 if self.is_causal and axis == 0 else self.reach
 
     @property
-    def num_pairs(self):
-        """The number of pairs of a query, or what fills up its block, and a key of its slab."""
-        num_queries = math.prod(self.num_blocks) * (self.block * self.window.dilation) ** (
-            self.num_axes
-        )
-        return num_queries * self.width
+    def num_queries(self):
+        """The number of queries, and of what fills up their blocks."""
+        return math.prod(n * self.block * self.window.dilation for n in self.num_blocks)
 
     @property
     def width(self):

@@ -1,0 +1,388 @@
+"""What attention costs: operations, activations and parameters, counted from shapes."""
+
+import dataclasses
+import math
+
+import keras
+from keras import ops
+
+from keras_pdattn import primals, validation
+from keras_pdattn.analysis.calls import symbolic_calls
+from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.ops import states
+from keras_pdattn.ops.attention import has_causal_form
+from keras_pdattn.ops.axes import AttendedAxes
+from keras_pdattn.ops.dtypes import accumulator
+from keras_pdattn.ops.examples import Examples, Queries
+from keras_pdattn.ops.prefixes import num_prefixes
+
+BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadCost:
+    """What one head costs, for all sequences of a call.
+
+    Attributes:
+        form: how it works: through `"weights"` of all pairs, of those in `"bands"`,
+            through `"states"`, or by solving for all `"prefixes"`.
+        examples: how many examples it is fitted on.
+        multiply_adds: those of transform, features, kernel and weighted sums.
+        activation_bytes: bytes of the projected and pooled tensors, of weights or
+            states, and of the head's output.
+    """
+
+    form: str
+    examples: int
+    multiply_adds: int
+    activation_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """What one call of an attention layer costs.
+
+    Attributes:
+        name: path of the layer.
+        primal: its `Primal`.
+        queries: how many queries a sequence has.
+        keys: how many keys.
+        heads: `HeadCost` of each head.
+        projections: multiply-adds of the projections to and from the heads.
+        parameters: how many numbers its weights hold.
+        parameter_bytes: how many bytes.
+        output_bytes: bytes of its output.
+    """
+
+    name: str
+    primal: primals.Primal
+    queries: int
+    keys: int
+    heads: tuple
+    projections: int
+    parameters: int
+    parameter_bytes: int
+    output_bytes: int
+
+    @property
+    def attention(self):
+        """Multiply-adds of all heads."""
+        return sum(head.multiply_adds for head in self.heads)
+
+    @property
+    def multiply_adds(self):
+        """Multiply-adds of all heads and of the projections."""
+        return self.projections + self.attention
+
+    @property
+    def activation_bytes(self):
+        """Bytes of what the heads compute and of the output."""
+        return self.output_bytes + sum(head.activation_bytes for head in self.heads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What the attention of a model costs; what `cost` returns.
+
+    Attributes:
+        layers: `LayerCost` of each call of an attention layer, in order.
+    """
+
+    layers: tuple
+
+    @property
+    def attention(self):
+        """Multiply-adds of all heads."""
+        return sum(layer.attention for layer in self.layers)
+
+    @property
+    def multiply_adds(self):
+        """Multiply-adds of heads and projections."""
+        return sum(layer.multiply_adds for layer in self.layers)
+
+    @property
+    def activation_bytes(self):
+        """Bytes of activations, all layers added."""
+        return sum(layer.activation_bytes for layer in self.layers)
+
+    @property
+    def parameters(self):
+        """How many numbers the weights hold, those of a layer called twice once."""
+        return sum({layer.name: layer.parameters for layer in self.layers}.values())
+
+    @property
+    def parameter_bytes(self):
+        """How many bytes the weights take, likewise."""
+        return sum({layer.name: layer.parameter_bytes for layer in self.layers}.values())
+
+
+def cost(
+    layer_or_model,
+    input_shape,
+    use_causal_mask=False,
+    attention_mask=False,
+    return_attention_scores=False,
+):
+    r"""Counts what attention costs, without running it.
+
+    Counted are multiply-adds of matrix products and convolutions, as the forms that
+    the layers would choose take them: padded blocks of a window, chunks of a causal
+    state, what a mask hides. For \(T\) queries, \(M\) examples, depth \(D\), values of
+    depth \(D_v\) and \(F\) features, a head takes
+
+    | form | multiply-adds |
+    |---|---|
+    | weights | \(T M (D + D_v)\), and \(T (D + D_v)\) for a causal scaled head |
+    | bands | (pairs in bands) \((D + D_v)\) |
+    | states | \((T + M) F (D_v + 1)\); causally with those of each chunk with itself |
+    | prefixes | for each query what it and the keys take |
+
+    and a kernel's size times the depth for each vector that is convolved, \(F D\) for
+    each that random features are drawn for. Work for each number of a tensor, such as
+    a softmax or a normalisation, is not. Bytes are those of the activations that these
+    forms write; a fused kernel writes no weights and needs less.
+
+    Args:
+        layer_or_model: a `keras.layers.MultiHeadAttention`, ours or Keras's, or a model
+            with some inside; other layers of it are left out.
+        input_shape: of a layer, `(batch, time, width)`, or a pair of such shapes for
+            query and value; of a model, the shape of its input, or these in the
+            structure that it takes. `None` for a batch counts as 1.
+        use_causal_mask: whether a layer's call is causal. That of layers in a model is
+            seen from their calls, as is what follows.
+        attention_mask: whether a layer's call has an attention mask.
+        return_attention_scores: whether it returns scores.
+
+    Returns:
+        `Cost`, with `layers`, for each of which there are `heads`.
+
+    Raises:
+        ValueError: if there is no such layer, or a size other than the batch is not
+            known.
+
+    Example:
+
+    ```python
+    from keras_pdattn import analysis, layers
+
+    full = analysis.cost(layers.PrimalDualAttention(8, 32), (1, 4096, 256))
+    scaled = analysis.cost(layers.ScaledHeadAttention(8, 32), (1, 4096, 256))
+    round(scaled.attention / full.attention, 3)  # 0.469
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781).
+    """
+    if not isinstance(layer_or_model, keras.layers.Layer):
+        raise ValueError(
+            "`layer_or_model` must be a Keras layer or model. "
+            f"Received: layer_or_model={layer_or_model!r}"
+        )
+    if not isinstance(layer_or_model, keras.layers.MultiHeadAttention):
+        calls = symbolic_calls(layer_or_model, _with_batch(input_shape))
+        calls = [call for call in calls if isinstance(call[0], keras.layers.MultiHeadAttention)]
+        if not calls:
+            raise ValueError(
+                "The model has no `keras.layers.MultiHeadAttention`. "
+                f"Received: layer_or_model={layer_or_model!r}"
+            )
+        return Cost(tuple(_cost_of_call(*call) for call in calls))
+    for name, flag in (
+        ("use_causal_mask", use_causal_mask),
+        ("attention_mask", attention_mask),
+        ("return_attention_scores", return_attention_scores),
+    ):
+        validation.boolean(name, flag)
+    is_pair = isinstance(input_shape[0], (tuple, list))
+    shapes = _with_batch(list(input_shape) if is_pair else [input_shape, input_shape])
+    layer = layer_or_model
+    if not layer.built:
+        layer = type(layer).from_config(layer.get_config())
+        layer.build(*shapes)
+    flags = use_causal_mask, attention_mask, return_attention_scores
+    return Cost((_layer_cost(layer, *shapes, *flags),))
+
+
+def _with_batch(shape):
+    """A shape, or a structure of them, with a batch of 1 where that is `None`."""
+    if isinstance(shape, dict):
+        return {name: _with_batch(one) for name, one in shape.items()}
+    if isinstance(shape[0], (tuple, list, dict)):
+        return [_with_batch(one) for one in shape]
+    shape = (1 if shape[0] is None else shape[0], *shape[1:])
+    for size in shape:
+        validation.positive_int("input_shape", size)
+    return shape
+
+
+def _cost_of_call(layer, arguments):
+    return _layer_cost(
+        layer,
+        tuple(arguments["query"].shape),
+        tuple(arguments["value"].shape),
+        arguments.get("use_causal_mask", False),
+        arguments.get("attention_mask") is not None,
+        arguments.get("return_attention_scores", False),
+    )
+
+
+def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_scores):
+    axes = AttendedAxes.of(len(query_shape), layer.attention_axes)
+    sizes = [[shape[axis] for axis in axes.attended] for shape in (query_shape, value_shape)]
+    rows = math.prod(query_shape[axis] for axis in (0, *axes.free))
+    num_queries, num_keys = (math.prod(size) for size in sizes)
+    is_ours = isinstance(layer, PrimalDualAttention)
+    call = _Call(
+        # Keras's layer takes its window as a mask.
+        layer.primal if is_ours else primals.get("softmax"),
+        *((None, None) if len(axes.attended) == 1 else map(tuple, sizes)),
+        num_queries,
+        num_keys,
+        layer.key_dim,
+        layer.value_dim,
+        is_causal,
+        has_mask,
+        with_scores,
+        layer._sliding_window if is_ours else None,
+        layer.compute_dtype,
+    )
+    heads = []
+    for group, training_set in call.primal.training_set.groups(layer.num_heads):
+        heads += [call.head(training_set)] * (group.stop - group.start)
+    heads = [
+        dataclasses.replace(
+            head,
+            multiply_adds=rows * head.multiply_adds,
+            activation_bytes=rows * head.activation_bytes,
+        )
+        for head in heads
+    ]
+    of_queries = [layer.query_dense, layer.output_dense]
+    if layer._use_gate:
+        of_queries.append(layer._gate_dense)
+    per_query, per_key = (
+        sum(math.prod(dense.kernel.shape) for dense in denses)
+        for denses in (of_queries, [layer.key_dense, layer.value_dense])
+    )
+    output = rows * num_queries * math.prod(layer.output_dense.kernel.shape[2:])
+    return LayerCost(
+        name=layer.path,
+        primal=call.primal,
+        queries=num_queries,
+        keys=num_keys,
+        heads=tuple(heads),
+        projections=rows * (num_queries * per_query + num_keys * per_key),
+        parameters=sum(math.prod(weight.shape) for weight in layer.weights),
+        parameter_bytes=sum(
+            math.prod(weight.shape) * BYTES.get(weight.dtype, 4) for weight in layer.weights
+        ),
+        output_bytes=output * BYTES[call.dtype],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What of a call decides on the cost of its heads, for one sequence."""
+
+    primal: primals.Primal
+    query_grid: tuple | None
+    key_grid: tuple | None
+    num_queries: int
+    num_keys: int
+    depth: int
+    value_depth: int
+    is_causal: bool
+    has_mask: bool
+    with_scores: bool
+    sliding_window: int | None
+    dtype: str
+
+    def head(self, training_set):
+        """The cost of a head that is fitted on `training_set`."""
+        if not self.is_causal or has_causal_form(self.primal, training_set, self.key_grid):
+            return self._solve(training_set)
+        alone = dataclasses.replace(self, num_queries=1, is_causal=False)._solve(training_set, True)
+        prefixes, convolved = num_prefixes(self.num_queries), 0
+        if not all(transform.is_pointwise for transform in self.primal.transform):
+            # Each prefix has all of its queries transformed, though one is asked for.
+            convolved = self._transforms(self.num_queries - 1, training_set)
+        return HeadCost(
+            form="prefixes",
+            examples=alone.examples,
+            multiply_adds=prefixes * (alone.multiply_adds + convolved),
+            activation_bytes=prefixes * alone.activation_bytes,
+        )
+
+    def _solve(self, training_set, is_prefix=False):
+        """The cost of one solution, for all queries at once."""
+        examples, queries = self._select(training_set, is_prefix)
+        feature_map, num_examples = self.primal.feature_map, examples.key.shape[1]
+        num_own = 0 if examples.own is None else self.num_queries
+        multiply_adds = sum(
+            member.multiply_adds(self.num_queries, examples, self.depth)
+            for member in self.primal.weighted_members
+        )
+        weights = feature_map.initial_weights(1, self.depth)
+        num_features, width = 0, self.depth
+        if feature_map.is_finite:
+            num_features, width = feature_map.widths(queries[:, :1], weights)
+        if feature_map.uses_primal_form(queries, examples, weights, self.with_scores):
+            form, sizes = "states", (self.num_queries, num_examples, num_features, self.value_depth)
+            stride = examples.stride
+            multiply_adds += states.multiply_adds(*sizes, self.is_causal, stride)
+            multiply_adds += num_own * num_features
+            written = num_features * (self.value_depth + 1)
+            if self.is_causal:
+                chunk = states.chunk_size(num_features)
+                written += chunk * chunk * stride
+                written *= states.num_chunks(self.num_queries, num_features, stride)
+        else:
+            form, written = "weights", self.num_queries * num_examples + num_own
+            if examples.has_bands() and not (self.with_scores or is_prefix):
+                form = "bands"
+                written = examples.window.num_pairs(self.num_queries, self.is_causal)
+            multiply_adds += written * (width + self.value_depth)
+            num_features = width if feature_map.is_finite else 0
+        vectors = self.num_queries + num_examples + num_own
+        is_pooled = num_examples != self.num_keys
+        kept = (self.num_queries + self.num_keys) * (self.depth + self.value_depth) + is_pooled * (
+            num_examples + num_own
+        ) * (self.depth + self.value_depth)
+        return HeadCost(
+            form=form,
+            examples=num_examples,
+            multiply_adds=multiply_adds,
+            activation_bytes=BYTES[self.dtype] * kept
+            + BYTES[accumulator(self.dtype)] * (written + vectors * num_features),
+        )
+
+    def _transforms(self, num_queries, training_set):
+        """Multiply-adds of the transforms of some queries alone."""
+        examples, _ = self._select(training_set, is_prefix=True)
+        none = dataclasses.replace(examples, key=examples.key[:, :0])
+        transforms = self.primal.transform
+        return sum(one.multiply_adds(num_queries, none, self.depth) for one in transforms)
+
+    def _select(self, training_set, is_prefix):
+        """The examples of a head, and queries, of the shapes that they would have."""
+        depths = self.depth, self.value_depth
+        key, value = (ops.zeros((1, self.num_keys, 1, depth)) for depth in depths)
+        queries = Queries(ops.zeros((1, self.num_queries, 1, self.depth)), grid=self.query_grid)
+        is_restricted = self.has_mask
+        if self.sliding_window is not None:
+            near = training_set.within(self.sliding_window)
+            is_restricted, training_set = is_restricted or near is None, near or training_set
+        keys = Examples.keys(
+            key,
+            value,
+            self.num_queries,
+            self.is_causal,
+            grid=self.key_grid,
+            is_prefix=is_prefix,
+        )
+        examples = training_set.select(keys, queries)
+        if is_restricted:
+            # What a mask holds does not matter.
+            examples = dataclasses.replace(examples, visible=ops.ones((1, 1, 1, 1), dtype="bool"))
+        return examples, queries.x
