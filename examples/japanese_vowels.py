@@ -29,7 +29,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 import keras_pdattn
-from keras_pdattn import primals, training_sets
+from keras_pdattn import analysis, primals, training_sets
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt
@@ -130,28 +130,6 @@ def train(primal, train_data, test_data, epochs, progress):
     return model, history.history, float(np.median(advance.seconds))
 
 
-def attention_maps(model, x, block=0):
-    """Scores of one block for the series `x`, `(series, heads, steps, steps)`."""
-    attention = model.get_layer(f"attention_{block}")
-    normal = keras.Model(model.input, attention.input[0])(x)
-    mask = np.any(x != 0, axis=-1)
-    _, scores = attention(
-        normal, normal, query_mask=mask, value_mask=mask, return_attention_scores=True
-    )
-    return keras.ops.convert_to_numpy(scores), mask
-
-
-def mean_head_distance(scores, mask):
-    """Mean distance between the attention of two heads, over pairs, steps and series.
-
-    The distance is Euclidean, between the rows of scores that two heads give to
-    the same query; padded queries are left out.
-    """
-    rows = np.moveaxis(scores, 1, 2)[mask]
-    first, second = np.triu_indices(rows.shape[1], k=1)
-    return float(np.linalg.norm(rows[:, first] - rows[:, second], axis=-1).mean())
-
-
 def reload_elsewhere(folder, names, x):
     """Predicts with the saved models in a fresh process for each other backend.
 
@@ -183,7 +161,9 @@ def predict(folder, names):
     x = np.load(folder / "inputs.npy")
     for primal in names:
         model = keras.saving.load_model(folder / f"{primal}.keras")
-        np.save(folder / f"{primal}.{keras.backend.backend()}.npy", model.predict(x, verbose=0))
+        # Called, as `predict` would compile what runs once.
+        predictions = keras.ops.convert_to_numpy(model(x))
+        np.save(folder / f"{primal}.{keras.backend.backend()}.npy", predictions)
 
 
 def draw(path, histories, maps, lengths):
@@ -235,7 +215,7 @@ def report(results):
         )
     console.print(table)
     console.print(
-        "head distance: mean pairwise distance between heads, larger is less redundant; "
+        "head distance: mean distance between two heads' scores, larger is less redundant; "
         "reloaded: largest difference of a probability under the other backends"
     )
 
@@ -243,6 +223,7 @@ def report(results):
 def main(folder, names, epochs):
     folder.mkdir(parents=True, exist_ok=True)
     train_data, test_data = load("train"), load("test")
+    mask = np.any(test_data[0] != 0, axis=-1)
     histories, maps, results = {}, {}, {}
     progress = Progress(
         TextColumn("{task.description:16}"),
@@ -254,13 +235,13 @@ def main(folder, names, epochs):
     with progress:
         for primal in names:
             model, history, seconds = train(primal, train_data, test_data, epochs, progress)
-            scores, mask = attention_maps(model, test_data[0])
+            scores = analysis.attention_scores(model, test_data[0])["attention_0"]
             histories[primal], maps[primal] = history, scores[0]
             results[primal] = {
                 "accuracy": history["val_accuracy"][-1],
                 "parameters": model.count_params(),
                 "seconds_per_epoch": seconds,
-                "head_distance": mean_head_distance(scores, mask),
+                "head_distance": analysis.head_redundancy(scores, mask).distance,
             }
             model.save(folder / f"{primal}.keras")
             predictions = model.predict(test_data[0], verbose=0)

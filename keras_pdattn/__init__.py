@@ -1,12 +1,22 @@
 """The attention family of primal-dual theory, for Keras 3."""
 
-from keras_pdattn import duality, feature_maps, layers, ops, primals, training_sets, transforms
+from keras_pdattn import (
+    analysis,
+    duality,
+    feature_maps,
+    layers,
+    ops,
+    primals,
+    training_sets,
+    transforms,
+)
 from keras_pdattn.primals import Primal
 
 __version__ = "0.1.0"
 
 __all__ = [
     "Primal",
+    "analysis",
     "duality",
     "feature_maps",
     "layers",

@@ -238,6 +238,9 @@ class _Convolution(Transform):
     #: The number of axes of the kernel.
     rank = None
 
+    #: The number of positions that are not convolved.
+    class_tokens = 0
+
     def build(self, add_weight, num_heads, depth):
         size = self.kernel_size
         identity = np.zeros((size,) * self.rank + (num_heads, depth), "float32")
@@ -258,7 +261,7 @@ class _Convolution(Transform):
         taps, num_examples = self.kernel_size**self.rank, examples.key.shape[1]
         if examples.looks_back_only:
             taps = taps // 2 + 1
-        products = (num_queries + num_examples) * taps
+        products = (num_queries + num_examples - 2 * self.class_tokens) * taps
         if examples.own is not None:
             products += num_examples * (taps - 1) + num_queries
         return products * depth

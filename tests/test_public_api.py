@@ -15,6 +15,11 @@ DOCUMENTED = [
     for module, names in (
         (keras_pdattn.layers, keras_pdattn.layers.__all__),
         (keras_pdattn.ops, keras_pdattn.ops.__all__),
+        (
+            keras_pdattn.duality,
+            ["SupportVectorRegression", "dual_coefficients", "fit", "support_vectors"],
+        ),
+        (keras_pdattn.analysis, keras_pdattn.analysis.__all__),
         (keras_pdattn, ["Primal"]),
         (
             keras_pdattn.feature_maps,
@@ -33,6 +38,8 @@ DOCUMENTED = [
 def test_names():
     assert set(keras_pdattn.__all__) == {
         "Primal",
+        "analysis",
+        "duality",
         "feature_maps",
         "layers",
         "ops",
@@ -46,9 +53,11 @@ def test_names():
         "Conv1DAttention",
         "Conv2DAttention",
         "LinearAttention",
+        "NormalizedFeatures",
         "PrimalDualAttention",
         "ScaledHeadAttention",
         "SlidingWindowAttention",
+        "SupportVectorAttention",
     }
 
 

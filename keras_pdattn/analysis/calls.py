@@ -25,9 +25,9 @@ class AttentionCall(NamedTuple):
         layer: the layer.
         arguments: dict from the name of each argument of its `call` to its value,
             defaults included. For every kind of layer it holds `query`, `value`
-            and `key` (the value, if none was given), and `query_mask`,
-            `value_mask` and `key_mask`: the mask that was passed, else the one
-            Keras attached to the tensor, else `None`.
+            (`None` if the layer has its own) and `key` (the value, if none was
+            given), and `query_mask`, `value_mask` and `key_mask`: the mask that
+            was passed, else the one Keras attached to the tensor, else `None`.
         scores: NumPy array of its scores, as the layer lays them out.
     """
 
@@ -256,8 +256,9 @@ def _in_one_vocabulary(arguments):
         arguments.update(zip(names, arguments.pop("inputs")))
         masks = arguments.pop("mask", None) or ()
         arguments.update(zip([f"{name}_mask" for name in names], masks))
+    value = arguments.setdefault("value", None)
     if arguments.get("key") is None:
-        arguments["key"] = arguments["value"]
+        arguments["key"] = value
     for name in names:
         if arguments.get(f"{name}_mask") is None:
             # Read now, as the call may take it off.
