@@ -150,6 +150,11 @@ def get(identifier):
     return _registry.get(identifier)
 
 
+def name_of(primal):
+    """Returns the name under which `get` knows a `Primal`, or `None`."""
+    return next((name for name, one in _registry.members.items() if one == primal), None)
+
+
 def serialize(primal):
     """Returns the config dict of a `Primal`, which `get` and Keras read back."""
     return descriptions.serialize(primal)

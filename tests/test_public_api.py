@@ -104,7 +104,7 @@ def test_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = (ROOT.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     exec("\n".join(blocks), {})
 
 
@@ -114,6 +114,17 @@ def test_start_page_runs(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
     assert len(blocks) == 4
     exec("\n".join(blocks), {})
+
+
+def test_duality_page_runs(tmp_path, monkeypatch, capsys):
+    """And draws its figures, which the page shows."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT.parent / "docs" / "duality.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec("\n".join(blocks), {})
+    assert float(re.search(r"accuracy (\S+)", capsys.readouterr().out).group(1)) > 0.85
+    shown = re.findall(r"\(images/(.*?)\)", page)
+    assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png"))
 
 
 def test_extending_page_runs():

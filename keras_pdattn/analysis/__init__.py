@@ -9,10 +9,12 @@ from keras_pdattn.analysis.plots import (
 )
 from keras_pdattn.analysis.redundancy import head_redundancy
 from keras_pdattn.analysis.scores import attention_scores
+from keras_pdattn.analysis.tables import cost_table
 
 __all__ = [
     "attention_scores",
     "cost",
+    "cost_table",
     "head_redundancy",
     "plot_attention",
     "plot_cost",

@@ -93,8 +93,8 @@ def support_vectors(layer, inputs, tolerance=1e-3):
     Key j is a support vector of a head where its dual coefficients do not vanish
     beside the head's largest:
 
-    \[ \max_d |\alpha_j(d) - \tilde\alpha_j(d)| > \text{tolerance} \cdot
-       \max_{l, d} |\alpha_l(d) - \tilde\alpha_l(d)| \]
+    \[ \|\alpha_j - \tilde\alpha_j\| > \text{tolerance} \cdot
+       \max_l \|\alpha_l - \tilde\alpha_l\| \]
 
     Compared as logarithms, so that the coefficients of heads with large scores count
     too. Masking, causal use and cost: as `dual_coefficients`.
@@ -129,7 +129,7 @@ def support_vectors(layer, inputs, tolerance=1e-3):
     validation.real("tolerance", tolerance, "a number in [0, 1)", lambda x: 0 <= x < 1)
     value, log_normalizer, valid = _values_and_normalizers(layer, inputs)
     with np.errstate(divide="ignore"):
-        size = np.log(np.abs(value).max(axis=-1)) + log_normalizer
+        size = np.log(np.linalg.norm(value, axis=-1)) + log_normalizer
         largest = size.max(axis=-1, keepdims=True)
         mask = size > np.where(np.isneginf(largest), 0.0, largest) + np.log(tolerance)
     return SupportVectors(mask, valid)

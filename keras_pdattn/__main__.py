@@ -1,0 +1,3 @@
+from keras_pdattn.cli import main
+
+main()
