@@ -164,6 +164,15 @@ def test_models():
     assert after == before
 
 
+def test_layers_with_keys_of_their_own():
+    layer = layers.SupportVectorAttention(20, 3, 2)
+    assert analysis.cost(layer, (1, 5, 3)).attention == 5 * 20 * (3 + 2)
+    inputs = keras.Input((None, 3))
+    model = keras.Model(inputs, layer(inputs))
+    (found,) = analysis.cost(model, (2, 7, 3)).layers
+    assert (found.attention, found.keys) == (2 * 7 * 20 * (3 + 2), 20)
+
+
 def test_models_of_tokens():
     inputs = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(9, 12, mask_zero=True)(inputs)

@@ -136,6 +136,15 @@ def test_float_masks_of_zero_and_one_are_boolean():
         )
 
 
+def test_symbolic_masks():
+    """Integers of 0 and 1 are Keras's way too; what a float mask means can't be seen."""
+    x = keras.Input((5, 8))
+    layer = PrimalDualAttention(2, 4)
+    layer(x, x, attention_mask=keras.Input((5, 5), dtype="int32"))
+    with pytest.raises(ValueError, match="a float mask is refused"):
+        layer(keras.Input((5, 8)), x, attention_mask=keras.Input((5, 5)))
+
+
 def test_attention_axes():
     x = array(2, 3, 5, 8)
     for axes in ((0,), (3,), (1, 1), (1, -3), (4,)):

@@ -84,10 +84,12 @@ def attention_calls(model, inputs, training=False):
         raise ValueError(
             f"`inputs` must be arrays or tensors, not symbolic. Received: inputs={inputs!r}"
         )
-    _attention_layers(model)  # Raises before anything runs.
+    _check_scores(_attention_layers(model))
     if not all(layer.built for layer in model._flatten_layers()):
         _run(model, inputs, training=False)
+    # Building may have made some.
     attention_layers = _attention_layers(model)
+    _check_scores(attention_layers)
     if not attention_layers:
         raise ValueError(f"`model` has no attention layer. Received: model={model!r}")
     calls = []
@@ -167,7 +169,11 @@ def _noted(layer, calls):
 
 
 def _attention_layers(model):
-    layers = [x for x in model._flatten_layers() if isinstance(x, ATTENTION_LAYERS)]
+    return [x for x in model._flatten_layers() if isinstance(x, ATTENTION_LAYERS)]
+
+
+def _check_scores(layers):
+    """Raises unless all of `layers` can return their scores."""
     for layer in layers:
         if getattr(layer, "_flash_attention", False):
             raise ValueError(
@@ -182,7 +188,6 @@ def _attention_layers(model):
                 "An attention layer must take `return_attention_scores` for its scores to be read. "
                 f"Received: layer {layer.name!r} of type {type(layer).__name__}, which does not"
             )
-    return layers
 
 
 def _run(model, inputs, training):

@@ -9,6 +9,7 @@ from keras import ops
 from keras_pdattn import primals, validation
 from keras_pdattn.analysis.calls import symbolic_calls
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
 from keras_pdattn.ops import states
 from keras_pdattn.ops.attention import has_causal_form
 from keras_pdattn.ops.axes import AttendedAxes
@@ -199,7 +200,7 @@ def cost(
     layer = layer_or_model
     if not layer.built:
         layer = type(layer).from_config(layer.get_config())
-        layer.build(*shapes)
+        layer.build(*(shapes[:1] if isinstance(layer, SupportVectorAttention) else shapes))
     flags = use_causal_mask, attention_mask, return_attention_scores
     return Cost((_layer_cost(layer, *shapes, *flags),))
 
@@ -220,7 +221,8 @@ def _cost_of_call(layer, arguments):
     return _layer_cost(
         layer,
         tuple(arguments["query"].shape),
-        tuple(arguments["value"].shape),
+        # A layer may have keys of its own.
+        tuple(getattr(arguments["value"], "shape", ())),
         arguments.get("use_causal_mask", False),
         arguments.get("attention_mask") is not None,
         arguments.get("return_attention_scores", False),
@@ -228,6 +230,8 @@ def _cost_of_call(layer, arguments):
 
 
 def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_scores):
+    if isinstance(layer, SupportVectorAttention):
+        value_shape = (query_shape[0], *layer.values.shape)
     axes = AttendedAxes.of(len(query_shape), layer.attention_axes)
     sizes = [[shape[axis] for axis in axes.attended] for shape in (query_shape, value_shape)]
     rows = math.prod(query_shape[axis] for axis in (0, *axes.free))

@@ -84,7 +84,7 @@ def plot_attention(
     batch, num_heads, num_queries, num_keys = scores.shape
     sequence = _index("sequence", sequence, batch)
     heads = _indices("heads", heads, num_heads)
-    if num_keys == num_queries:
+    if keys_shape == queries_shape:
         key_mask = mask if key_mask is None else key_mask
         key_labels = labels if key_labels is None else key_labels
     queries = _positions("mask", mask, queries_shape, sequence)
@@ -93,10 +93,10 @@ def plot_attention(
     key_labels = _labels("key_labels", key_labels, num_keys)
     images = scores[sequence][np.ix_(heads, queries, keys)].astype("float64")
 
-    panels = _Panels(len(heads), len(queries) / len(keys))
+    panels = _Panels(len(heads), len(queries) / len(keys), title)
     panels.images(images, [f"head {head}" for head in heads], "attention score")
     panels.name_axes("key", keys, key_labels, "query", queries, labels)
-    return panels.finish(title)
+    return panels.figure
 
 
 def plot_redundancy(redundancy, measure="distance", title=None):
@@ -153,7 +153,7 @@ def plot_redundancy(redundancy, measure="distance", title=None):
 
     most = max(len(matrix) for matrix in matrices)
     is_annotated = most <= 16
-    panels = _Panels(len(matrices), 1.0, side=max(2.6, 0.36 * most) if is_annotated else 4.5)
+    panels = _Panels(len(matrices), 1.0, title, max(2.6, 0.36 * most) if is_annotated else 4.5)
     panels.images(matrices, names, label, at_least=0.0 if measure == "distance" else 1.0)
     for axis, matrix in zip(panels.axes, matrices):
         heads = np.arange(len(matrix))
@@ -163,7 +163,7 @@ def plot_redundancy(redundancy, measure="distance", title=None):
             _annotate(axis, matrix)
     panels.figure.supxlabel("head")
     panels.figure.supylabel("head")
-    return panels.finish(title)
+    return panels.figure
 
 
 def plot_support_vectors(
@@ -229,7 +229,8 @@ def plot_support_vectors(
     keys = _positions("mask", mask, (batch, num_keys), sequence)
     tolerance = validation.real("tolerance", tolerance, "a number in [0, 1)", lambda x: 0 <= x < 1)
     if grid is not None:
-        rows, columns = grid if isinstance(grid, (tuple, list)) and len(grid) == 2 else (0, 0)
+        is_pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+        rows, columns = [validation.positive_int("grid", x) for x in grid] if is_pair else (0, 0)
         if rows * columns != num_keys:
             raise ValueError(
                 f"`grid` must be (rows, columns) of all {num_keys} keys. Received: grid={grid!r}"
@@ -244,11 +245,11 @@ def plot_support_vectors(
     ]
     if grid is None:
         return _stems(norms, supports, keys, names, title)
-    panels = _Panels(len(heads), rows / columns)
+    panels = _Panels(len(heads), rows / columns, title)
     images = np.ma.array(norms, mask=~supports).reshape(-1, rows, columns)
-    panels.images(images, names, _NORM)
+    panels.images(images, names, f"{_NORM} of support vectors")
     panels.name_axes("column", np.arange(columns), None, "row", np.arange(rows), None)
-    return panels.finish(title)
+    return panels.figure
 
 
 def plot_cost(
@@ -305,7 +306,7 @@ def plot_cost(
     if memory is not None:
         series[memory_label] = _series("memory", memory, lengths)
     names = list(dict.fromkeys(name for lines in series.values() for name in lines))
-    figure = _figure(4.2 * len(series) + 1.8, 3.6)
+    figure = _figure(4.2 * len(series) + 1.8, 3.6, title)
     axes = figure.subplots(1, len(series), squeeze=False)[0]
     lines = {}
     for axis, (label, values) in zip(axes, series.items()):
@@ -316,7 +317,8 @@ def plot_cost(
                 numbers,
                 color=_COLORS[index % len(_COLORS)],
                 marker=_MARKERS[index % len(_MARKERS)],
-                linestyle=("-", "--", ":")[index // len(_COLORS) % 3],
+                # Dashes let a line show that lies below another.
+                linestyle=("-", "--", "-.", ":")[index % 4],
                 markersize=5,
                 label=name,
             )
@@ -330,8 +332,6 @@ def plot_cost(
     ends = {name: next(iter(series.values())).get(name, [np.nan])[-1] for name in names}
     names.sort(key=lambda name: -np.nan_to_num(ends[name], nan=np.inf))
     figure.legend([lines[name] for name in names], names, loc="outside right upper", frameon=False)
-    if title:
-        figure.suptitle(title)
     return figure
 
 
@@ -341,36 +341,51 @@ _NORM = r"$\Vert \alpha_j - \tilde{\alpha}_j \Vert$"
 class _Panels:
     """Small multiples: panels of one size in rows, that share a scale of colours and their axes."""
 
-    def __init__(self, count, ratio, side=None):
+    def __init__(self, count, ratio, title, side=None):
         """`ratio` is that of a panel's height to its width, `side` the longer one in inches."""
-        most = 4 if side is None else max(1, int(12 / side))
-        rows = math.ceil(count / most)
-        self.columns = math.ceil(count / rows)
-        side = side or {1: 4.5, 2: 3.4}.get(self.columns, 2.4)
+        side = side or {1: 4.5, 2: 3.4}.get(count, 2.4)
         # Beyond this cells are stretched, so that a few queries of many keys are seen at all.
-        self._is_square = 1 / 3 <= ratio <= 3
-        ratio = min(max(ratio, 1 / 3), 3)
+        self._is_square = 2 / 5 <= ratio <= 5 / 2
+        ratio = min(max(ratio, 2 / 5), 5 / 2)
+        side = max(side, 1.4 * max(ratio, 1 / ratio))
         self.width, self.height = side * min(1, 1 / ratio), side * min(1, ratio)
-        self.figure = _figure(self.columns * self.width + 1.8, rows * (self.height + 0.3) + 0.9)
-        axes = self.figure.subplots(rows, self.columns, squeeze=False).ravel()
+        self.rows = math.ceil(count / min(4, int(10.5 / self.width)))
+        self.columns = math.ceil(count / self.rows)
+        self.figure = _figure(
+            self.columns * (self.width + 0.1) + 1.6, self.rows * (self.height + 0.3) + 0.7, title
+        )
+        axes = self.figure.subplots(self.rows, self.columns, squeeze=False).ravel()
         self.axes = list(axes[:count])
         for axis in axes[count:]:
             axis.remove()
 
     def images(self, images, names, label, at_least=0.0):
         """Draws an image and a name into each panel, and one bar of colours."""
-        largest = max(at_least, *(float(image.max()) for image in images))
+        largest = max(at_least, *(np.ma.filled(image, 0.0).max() for image in images))
+        # Where a cell has no pixel to itself, blending is better than dropping some.
+        has_room = max(images[0].shape) <= 90 * max(self.width, self.height)
         for axis, image, name in zip(self.axes, images, names):
             drawn = axis.imshow(
                 image,
-                cmap="cividis",
+                cmap="YlGnBu",
                 vmin=0.0,
                 vmax=largest or 1.0,
                 aspect="equal" if self._is_square else "auto",
+                interpolation="nearest" if has_room else "auto",
             )
             axis.set_facecolor(_GREY)
             axis.set_title(name, fontsize="medium")
-        self.figure.colorbar(drawn, ax=self.axes, label=label, shrink=0.8)
+        length = min(5.0, self.rows * self.height)
+        self.figure.colorbar(
+            drawn,
+            ax=self.axes,
+            label=label,
+            shrink=length / (self.rows * self.height),
+            aspect=length / 0.16,
+            fraction=0.16 / (self.columns * self.width),
+            # What equal cells leave of the width goes right; left, it would pass for room of ticks.
+            panchor=(0.0, 0.5),
+        )
 
     def name_axes(self, across, columns, column_labels, down, rows, row_labels):
         """Puts ticks at the outer axes, and says what runs across and down."""
@@ -384,45 +399,46 @@ class _Panels:
         self.figure.supxlabel(across)
         self.figure.supylabel(down)
 
-    def finish(self, title):
-        if title:
-            self.figure.suptitle(title)
-        return self.figure
 
-
-def _figure(width, height):
+def _figure(width, height, title):
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
         raise ImportError(
             'Plots need matplotlib. Install it with `pip install "keras-pdattn[plot]"`.'
         ) from error
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    if title is not None:
+        figure.suptitle(title)
+    return figure
 
 
 def _stems(norms, supports, keys, names, title):
     """One row of stems for each head."""
     heads = len(norms)
-    figure = _figure(8.0, 1.1 + 1.3 * heads)
+    figure = _figure(8.0, 1.1 + (1.3 if heads <= 4 else 0.95) * heads, title)
     axes = figure.subplots(heads, 1, sharex=True, squeeze=False)[:, 0]
     for axis, norm, support, name in zip(axes, norms, supports, names):
         (chosen,) = np.nonzero(support)
         others = np.setdiff1d(keys, chosen)
         axis.vlines(chosen, 0, norm[chosen], color=_COLORS[0], linewidth=1.2)
-        size = min(6.0, max(2.0, 400 / len(norm)))
-        is_one = {"linestyle": "none", "markersize": size, "clip_on": False}
-        axis.plot(chosen, norm[chosen], "o", color=_COLORS[0], label="support vector", **is_one)
-        axis.plot(others, norm[others], "o", color=_GREY, label="other key", **is_one)
+        size = min(5.0, max(2.5, 350 / len(norm)))
+        # Dots at zero are drawn whole; an empty set of them must not upset the layout.
+        dots = {"linestyle": "none", "markersize": size, "clip_on": False, "in_layout": False}
+        axis.plot(chosen, norm[chosen], "o", color=_COLORS[0], label="support vector", **dots)
+        axis.plot(others, norm[others], "o", color=_GREY, label="other key", **dots)
         axis.set_title(name, loc="left", fontsize="medium")
         axis.set_ylim(bottom=0)
         axis.locator_params(axis="y", nbins=3)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].set_xlim(keys[0] - 0.7, keys[-1] + 0.7)
+    margin = 0.5 + 0.01 * (keys[-1] - keys[0])
+    axes[-1].set_xlim(keys[0] - margin, keys[-1] + margin)
+    axes[-1].locator_params(axis="x", integer=True)
     axes[-1].set_xlabel("key")
     figure.supylabel(_NORM)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2)
-    if title:
-        figure.suptitle(title)
+    figure.legend(
+        *axes[0].get_legend_handles_labels(), loc="outside upper right", ncols=2, frameon=False
+    )
     return figure
 
 
@@ -462,7 +478,7 @@ def _index(name, value, count):
 
 
 def _indices(name, values, count):
-    values = range(count) if values is None else list(values)
+    values = range(count) if values is None else np.ravel(values).tolist()
     if not values:
         raise ValueError(f"`{name}` must name one at least. Received: {name}={values!r}")
     return [_index(name, value, count) for value in values]

@@ -105,12 +105,9 @@ def head_redundancy(scores, mask=None):
     num_queries = num_sequences = 0
     for sequence, valid in zip(scores, mask):
         kept = valid & sequence.any(axis=(0, 2))
-        rows = sequence[:, kept].astype("float64", copy=False)
-        totals[:2] += _distances_and_cosines(rows)
-        num_queries += rows.shape[1]
-        if rows.shape[1] > 1:
-            totals[2] += _ckas(rows)
-            num_sequences += 1
+        totals += _compared(np.compress(kept, sequence, axis=1))
+        num_queries += kept.sum()
+        num_sequences += kept.sum() > 1
     if not num_queries:
         raise ValueError(
             "`mask` must leave a query that sees something. "
@@ -122,6 +119,14 @@ def head_redundancy(scores, mask=None):
         np.fill_diagonal(matrix, with_itself)
     means = (float(matrix[np.triu_indices(heads, 1)].mean()) for matrix in matrices)
     return HeadRedundancy(*means, *matrices)
+
+
+def _compared(rows):
+    """Sums of distances and cosines over the queries of `(heads, queries, keys)`, and CKAs."""
+    rows = rows.astype("float64", copy=False)
+    has_cka = rows.shape[1] > 1
+    distances, cosines = _distances_and_cosines(rows)
+    return distances, cosines, _ckas(rows) if has_cka else np.zeros_like(distances)
 
 
 def _distances_and_cosines(rows):

@@ -38,7 +38,7 @@ def attention_scores(model, inputs, training=False):
         inputs: what to call it on. A layer that is not a `keras.Model` takes the
             items of a tuple as its arguments, those of a dict as its keywords.
         training: whether to run it as in training. Scores are those before
-            dropout.
+            dropout, but for Keras's `Attention` and `AdditiveAttention`.
 
     Returns:
         Dict from the path of each layer to its scores, a float array of shape

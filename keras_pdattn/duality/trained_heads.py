@@ -9,6 +9,7 @@ from keras_pdattn import validation
 from keras_pdattn.duality.problem import Problem, log_sum, to_float64
 from keras_pdattn.layers.masking import detached_masks, get_keras_mask
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
 from keras_pdattn.ops import masks
 from keras_pdattn.ops.examples import Examples
 
@@ -34,7 +35,8 @@ def dual_coefficients(layer, inputs):
         layer: a built `PrimalDualAttention`.
         inputs: what it is called on: a tensor `(batch, keys, width)` for
             self-attention, or a dict of its call arguments, of which `value`, `key`,
-            `value_mask` and `key_mask` count.
+            `value_mask` and `key_mask` count. Of no account for a
+            `SupportVectorAttention`, which has keys of its own.
 
     Returns:
         Array `(batch, heads, keys, value_dim)`, float64. Numbers are of the size of
@@ -180,6 +182,9 @@ def _keys(layer, inputs):
             f"coefficients. Received: layer={layer!r}"
         )
     call = inputs if isinstance(inputs, dict) else {"value": inputs}
+    if isinstance(layer, SupportVectorAttention):
+        own = (("value", layer.values), ("key", layer.keys))
+        call = {name: ops.expand_dims(weight, axis=0) for name, weight in own}
     for name in ("use_causal_mask", "attention_mask"):
         if call.get(name) is not None and call[name] is not False:
             raise ValueError(

@@ -368,6 +368,14 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
     ):
         key = value if key is None else key
         self._check_call(query, value, key, return_attention_scores, use_causal_mask)
+        for name, mask in (
+            ("query_mask", query_mask),
+            ("value_mask", value_mask),
+            ("key_mask", key_mask),
+            ("attention_mask", attention_mask),
+        ):
+            if mask is not None:
+                masks.as_boolean(name, mask)
         output = keras.KerasTensor(
             self.compute_output_shape(query.shape, value.shape, key.shape),
             dtype=self.compute_dtype,
