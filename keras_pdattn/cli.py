@@ -12,6 +12,7 @@ from rich.table import Table
 from keras_pdattn import analysis, duality, primals
 from keras_pdattn.analysis.calls import attention_calls
 from keras_pdattn.analysis.tables import readable
+from keras_pdattn.duality.problem import NoRegressionError
 from keras_pdattn.layers import PrimalDualAttention
 
 
@@ -34,7 +35,7 @@ def main(arguments=None):
     )
     inspect.add_argument(
         "--tolerance",
-        type=float,
+        type=_share,
         default=1e-3,
         help="share of a head's largest coefficient below which a key is no support vector "
         "(default: 0.001)",
@@ -45,7 +46,7 @@ def main(arguments=None):
     options = parser.parse_args(arguments)
     try:
         _inspect(**vars(options))
-    except (OSError, ValueError) as error:
+    except (OSError, TypeError, ValueError) as error:  # What Keras raises for a bad file.
         sys.exit(f"{parser.prog}: {error}")
 
 
@@ -61,6 +62,13 @@ def _count(text):
     if count < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {count}")
     return count
+
+
+def _share(text):
+    share = float(text)
+    if not 0 <= share < 1:
+        raise argparse.ArgumentTypeError(f"must be in [0, 1), not {share}")
+    return share
 
 
 def _inspect(model, data, samples, tolerance, lengths):
@@ -87,12 +95,17 @@ _LEGEND = (
 def _load(path, samples):
     """The first `samples` sequences of the arrays in a file."""
     arrays = np.load(path, allow_pickle=False)
-    if isinstance(arrays, np.ndarray):
-        return arrays[:samples]
-    arrays = {name: arrays[name] for name in arrays.files}
-    if not all(isinstance(array, np.ndarray) for array in arrays.values()):
-        raise ValueError(f"The data must be a .npy or .npz file. Received: {path}")
-    return {name: array[:samples] for name, array in arrays.items()}
+    arrays = (
+        {"": arrays}
+        if isinstance(arrays, np.ndarray)
+        else {name: arrays[name] for name in arrays.files}
+    )
+    if not all(isinstance(array, np.ndarray) and array.ndim for array in arrays.values()):
+        raise ValueError(
+            f"The data must be a .npy or .npz file of arrays with a batch axis. Received: {path}"
+        )
+    arrays = {name: array[:samples] for name, array in arrays.items()}
+    return arrays if len(arrays) > 1 else next(iter(arrays.values()))
 
 
 def _shape_of_one(inputs):
@@ -133,15 +146,18 @@ def _name(layer):
 
 
 def _redundancy(call):
-    if call.layer.num_heads < 2:
+    has_free_axes = len(call.arguments["query"].shape) - 2 > len(call.layer.attention_axes)
+    if call.layer.num_heads < 2 or has_free_axes:
         return ["-"] * 3
     found = analysis.head_redundancy(call.scores, call.arguments["query_mask"])
     return [f"{x:.3f}" for x in (found.distance, found.cosine_similarity, found.cka)]
 
 
 def _support(call, tolerance):
+    if not isinstance(call.layer, PrimalDualAttention):
+        return "-"
     try:
         vectors = duality.support_vectors(call.layer, call.arguments, tolerance)
-    except ValueError:
+    except NoRegressionError:
         return "-"
     return f"{vectors.share.mean():.1%}"

@@ -164,7 +164,8 @@ class FeatureMap(descriptions.WeightedMember):
             return False
         widths = self.widths(query[:, :1], weights)
         lengths = query.shape[1], examples.key.shape[1]
-        return states.is_cheaper(*lengths, *widths, examples.value.shape[-1], examples.is_causal)
+        sizes = (*lengths, *widths, examples.value.shape[-1])
+        return states.is_cheaper(*sizes, examples.is_causal, examples.stride)
 
     def widths(self, x, weights):
         """How wide the features of `x` are, and the vectors for the dual form."""

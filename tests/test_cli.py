@@ -66,10 +66,28 @@ def test_inspect_as_a_command(saved):
     folder, _, data = saved
     np.savez(folder / "data.npz", data)
     command = [sys.executable, "-m", "keras_pdattn", "inspect", str(folder / "model.keras")]
-    options = ["--data", str(folder / "data.npy"), "--samples", "2", "--lengths", "64", "128"]
+    options = ["--data", str(folder / "data.npz"), "--samples", "2", "--lengths", "64", "128"]
     printed = subprocess.run(command + options, capture_output=True, text=True, check=True).stdout
     assert "Attention of stack" in printed
     assert "Cost of attention" in printed and " 128 " in printed
+
+
+def test_inspect_several_inputs_and_free_axes(tmp_path, monkeypatch, capsys):
+    """Arrays by name; heads over some axes of images, and with a regression for each query."""
+    monkeypatch.setenv("COLUMNS", "200")
+    first, second = keras.Input((3, 4, 12), name="first"), keras.Input((3, 4, 12), name="second")
+    rows = layers.PrimalDualAttention(2, 3, attention_axes=2, name="rows")(first, second)
+    model = keras.Model({"first": first, "second": second}, rows)
+    model.save(tmp_path / "model.keras")
+    rng = np.random.default_rng(0)
+    arrays = {
+        name: rng.normal(size=(5, 3, 4, 12)).astype("float32") for name in ("first", "second")
+    }
+    np.savez(tmp_path / "data.npz", **arrays)
+    cli.main(["inspect", str(tmp_path / "model.keras"), "--data", str(tmp_path / "data.npz")])
+    (row,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("│ rows")]
+    assert row.split("│")[3].strip() == "4 x 4"
+    assert row.split("│")[6].strip() == "-" and "%" in row
 
 
 @pytest.mark.parametrize(
@@ -88,7 +106,13 @@ def test_what_cannot_be_inspected(saved, monkeypatch, arguments, message):
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["inspect"], ["inspect", "m", "--data", "d", "--samples", "0"]]
+    "arguments",
+    [
+        [],
+        ["inspect"],
+        ["inspect", "m", "--data", "d", "--samples", "0"],
+        ["inspect", "m", "--data", "d", "--tolerance", "5"],
+    ],
 )
 def test_usage(arguments):
     with pytest.raises(SystemExit) as error:

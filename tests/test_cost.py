@@ -9,6 +9,7 @@ from keras_pdattn import Primal, analysis, feature_maps, layers
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
 
 RANDOM = feature_maps.PositiveRandom(8)
+BN_CONV = Primal("elu", ["batch_norm", "conv1d"])
 
 
 def shape(*sizes):
@@ -63,6 +64,15 @@ HAND_COUNTS = [
     # Each of 5 queries, and of 20 in blocks of 16, with all keys of its own.
     ({"primal": ("elu", "batch_norm")}, shape(1, 5), True, 2 * 5 * 5 * 6),
     ({"primal": ("elu", "batch_norm")}, shape(1, 20), True, 2 * 32 * 20 * 6),
+    # With a convolution, which two taps of all queries and keys take for each of them.
+    ({"primal": BN_CONV}, shape(1, 5), True, 2 * 5 * (5 * 6 + (5 + 5) * 2 * 3)),
+    # Three chunks of 64 windows of two, and the own window's 3 features.
+    (
+        {"primal": Primal("elu", None, ScaledHeads((2, 2)))},
+        shape(1, 300),
+        True,
+        2 * ((3 * 128 + 3 * 64) * 3 * 4 + 3 * 128 * 64 * (3 + 4) + 300 * 3),
+    ),
 ]
 
 
@@ -108,6 +118,8 @@ def test_bytes_by_hand():
     half = analysis.cost(layer_of("softmax", dtype="mixed_bfloat16"), shape(1, 5))
     assert half.activation_bytes == 2 * ((5 + 5) * 6 * 2 + 5 * 5 * 4) + output // 2
     assert half.parameter_bytes == 4 * half.parameters
+    gated = analysis.cost(layer_of("softmax", use_gate=True), shape(1, 5))
+    assert gated.activation_bytes == 2 * (one_head + 5 * 3 * 4) + output
     states = analysis.cost(layer_of("linear"), shape(1, 5)).layers[0].heads[0]
     assert states.activation_bytes == (5 + 5) * 6 * 4 + (5 + 5) * 3 * 4 + 3 * 4 * 4
 
@@ -173,6 +185,43 @@ def test_layers_with_keys_of_their_own():
     assert (found.attention, found.keys) == (2 * 7 * 20 * (3 + 2), 20)
 
 
+def test_layers_of_one_path_are_not_one():
+    def block():
+        inputs = keras.Input((None, 12))
+        attention = layers.PrimalDualAttention(2, 3, name="attention")
+        return keras.Model(inputs, attention(inputs, inputs))
+
+    inputs = keras.Input((None, 12))
+    model = keras.Model(inputs, block()(block()(inputs)))
+    assert analysis.cost(model, (1, 5, 12)).parameters == model.count_params()
+
+
+def test_quantized_weights_take_fewer_bytes():
+    layer = layer_of("softmax")
+    layer.build(shape(1, 5), shape(1, 5))
+    before = analysis.cost(layer, shape(1, 5))
+    layer.query_dense.quantize("int8")
+    after = analysis.cost(layer, shape(1, 5))
+    held = sum(w.value.nbytes for w in layer.weights) if backends.BACKEND != "tensorflow" else None
+    assert after.parameter_bytes < before.parameter_bytes
+    assert held in (None, after.parameter_bytes)
+
+
+def test_models_with_several_inputs():
+    tokens, floats = (
+        keras.Input((None,), dtype="int32", name="ids"),
+        keras.Input((None, 12), name="x"),
+    )
+    x = floats + keras.layers.Embedding(9, 12)(keras.ops.bitwise_and(tokens, tokens))
+    outputs = layers.PrimalDualAttention(2, 3)(x, x)
+    listed = keras.Model([tokens, floats], outputs)
+    named = keras.Model({"ids": tokens, "x": floats}, outputs)
+    assert analysis.cost(listed, [(1, 5), (1, 5, 12)]).attention == 2 * 5 * 5 * 6
+    assert analysis.cost(named, {"ids": (1, 5), "x": (1, 5, 12)}).attention == 2 * 5 * 5 * 6
+    with pytest.raises(ValueError, match="each of the model's 2 inputs"):
+        analysis.cost(listed, [(1, 5)])
+
+
 def test_models_of_tokens():
     inputs = keras.Input((None,), dtype="int32")
     x = keras.layers.Embedding(9, 12, mask_zero=True)(inputs)
@@ -182,13 +231,26 @@ def test_models_of_tokens():
     assert {head.form for head in cost.layers[0].heads} == {"states"}
 
 
+def fixed_model():
+    inputs = keras.Input((5, 12))
+    return keras.Model(inputs, keras.layers.Dense(3)(keras.layers.Reshape((60,))(inputs)))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: analysis.cost("model", (1, 5, 12)), "Keras layer or model. Received"),
         (lambda: analysis.cost(layer_of("softmax"), (1, None, 12)), "Received: input_shape=None"),
         (lambda: analysis.cost(layer_of("softmax"), (1, 5, 12), 1), "use_causal_mask=1"),
+        (lambda: analysis.cost(layer_of("softmax"), ()), r"a pair of them.*input_shape=\(\)"),
+        (lambda: analysis.cost(layer_of("softmax"), [(1, 5, 12)] * 3), "a pair of them"),
+        (lambda: analysis.cost(layer_of("softmax"), (1, 5)), "must have the shape"),
         (lambda: analysis.cost(keras.Sequential([keras.layers.Dense(3)]), (1, 5)), "must be built"),
+        (lambda: analysis.cost(fixed_model(), (1, 5, 12), True), "seen from the model.*=True"),
+        (
+            lambda: analysis.cost(fixed_model(), (1, 6, 12)),
+            "can't be called on inputs of this shap",
+        ),
         (
             lambda: analysis.cost(
                 keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)]), (1, 5)

@@ -9,6 +9,7 @@ import pytest
 import reference
 from keras import ops as keras_ops
 from members import MEMBERS, RANDOM, conv1d_kernel, omega
+from user_members import EvenKeys
 
 from keras_pdattn import Primal, duality, layers, transforms
 from keras_pdattn.layers import PrimalDualAttention
@@ -38,6 +39,7 @@ class Head:
 
 def head(name, feature_map="softmax", kernel=reference.softmax_kernel, transform=(), **told):
     ours = {
+        "half": (transforms.BatchNorm(beta=0.5), reference.BatchNorm(beta=0.5)),
         "bn": (transforms.BatchNorm(), reference.BatchNorm()),
         "conv": (transforms.Conv1D(3), reference.Conv(conv1d_kernel)),
     }
@@ -59,6 +61,7 @@ FINITE = [
 HEADS = [
     head("softmax"),
     head("bn", transform=["bn"]),
+    head("half-bn", transform=["half"]),
     head("sh", scales=(3,)),
     head("first", scales=(3,), reduction="first"),
     head("bn-sh", transform=["bn"], scales=(2,)),
@@ -126,7 +129,7 @@ def test_the_layer_is_the_regression(head, fit_intercept):
     np.testing.assert_allclose(output[0], expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("head", [HEADS[0], HEADS[4], FINITE[4]], ids=str)
+@pytest.mark.parametrize("head", [HEADS[0], HEADS[5], FINITE[4]], ids=str)
 def test_in_the_dtype_that_the_backend_defaults_to(head):
     """JAX has no float64 unless told to; what is fitted in float32 is the layer's function too."""
     regression = fitted(head)
@@ -178,21 +181,22 @@ def test_a_wide_tube_leaves_few_support_vectors():
 @every_finite_head
 @with_intercept_or_not
 def test_the_primal_layer_is_the_dual_layer(monkeypatch, head, fit_intercept):
-    """Through W, and through the kernel of all pairs, without a function in common."""
+    """Through W, and through the kernel of all pairs; and both are the oracle's expansion."""
     with backends.float64():
         regression = fitted(head, fit_intercept=fit_intercept)
         primal, dual = (
             regression.to_primal_layer(dtype="float64"),
             regression.to_layer(dtype="float64"),
         )
-        _, scores = dual(QUERIES[np.newaxis], return_attention_scores=True)
-        scores = backends.to_numpy(scores)[0, 0]
-        expected = scores @ regression.values + regression.intercept
+        by_dual = backends.to_numpy(dual(QUERIES[np.newaxis]))[0]
         monkeypatch.delattr("keras_pdattn.ops.kernels.dual_attention")
         monkeypatch.delattr("keras_pdattn.ops.states.primal_attention")
         output = backends.to_numpy(primal(QUERIES[np.newaxis]))[0]
         matrix = regression.weight_matrix
-    np.testing.assert_allclose(output, expected, atol=1e-6)
+    kernel, _ = oracle_kernel(head, QUERIES)
+    expected = kernel @ regression.dual_coefficients + regression.intercept
+    np.testing.assert_allclose(output, by_dual, atol=1e-9)
+    np.testing.assert_allclose(output, expected, atol=1e-9)
     assert matrix.shape == (2, primal.layers[0].normalizer.shape[0])
     assert type(primal.layers[1]) is keras.layers.Dense
     single = regression.to_primal_layer()
@@ -273,6 +277,7 @@ def test_dual_coefficients_are_their_definition(member, masked):
     keys, values = by_hand(layer, X)
     scales = reference.head_scales(4, member.oracle.scales)
     for b, h in np.ndindex(2, 4):
+        taken_in = set()
         options = (scales[h], mask[b], mask[b], (None, None), h, False)
         fit = (keys[b, :, h], values[b, :, h], keys[b, :, h], member.oracle, *options)
         examples, transformed, pooled, _, valid = reference.fit(*fit)
@@ -284,10 +289,12 @@ def test_dual_coefficients_are_their_definition(member, masked):
                 if window is None
                 or reference.in_window(at[0], other[0], None, None, valid, *window)
             )
+            taken_in.update(members)
             for key in members:
                 np.testing.assert_allclose(
                     found[b, h, key], pooled[at] * normalizer, rtol=2e-4, atol=1e-4
                 )
+        assert (found[b, h, sorted(set(range(7)) - taken_in)] == 0).all()
 
 
 def test_attention_is_the_expansion_of_its_dual_coefficients():
@@ -308,11 +315,12 @@ def test_attention_is_the_expansion_of_its_dual_coefficients():
 def test_a_regression_keeps_its_coefficients_as_a_layer():
     """Loaded into a layer, `dual_coefficients` reads back what scikit-learn solved."""
     with backends.float64():
-        for head in (HEADS[0], HEADS[4], FINITE[0]):
+        for head in (HEADS[0], HEADS[5], FINITE[0]):
             regression = fitted(head)
             layer = regression.to_layer(dtype="float64")
             found = duality.dual_coefficients(layer, None)[0, 0]
-            example = regression.problem.example_of_key()[0]
+            scale = head.oracle.scales[0]
+            example = np.arange(len(KEYS)) // scale
             expected = regression.dual_coefficients[example]
             np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-8 * regression.C)
             vectors = duality.support_vectors(layer, None, tolerance=1e-9)
@@ -373,9 +381,48 @@ def test_windows_and_pooled_keys():
     )
 
 
+def test_a_users_training_set():
+    """Keys that it leaves out have no coefficient, in a trained head as in a regression."""
+    primal = Primal("elu", "batch_norm", EvenKeys())
+    with backends.float64():
+        regression = duality.fit(KEYS, TARGETS, primal, epsilon=0.05)
+        chosen = duality.fit(KEYS[::2], TARGETS[::2], Primal("elu", "batch_norm"), epsilon=0.05)
+        expected = chosen.predict(QUERIES)
+        np.testing.assert_allclose(regression.predict(QUERIES), expected, atol=1e-6)
+        np.testing.assert_allclose(regression.support_vectors, chosen.support_vectors)
+        for layer in (regression.to_layer(dtype="float64"), regression.to_primal_layer("float64")):
+            output = backends.to_numpy(layer(QUERIES[np.newaxis]))[0]
+            np.testing.assert_allclose(output, expected, atol=1e-6)
+    layer = PrimalDualAttention(2, 4, primal=primal)
+    layer(X, X)
+    found = duality.dual_coefficients(layer, X)
+    assert (found[:, :, 1::2] == 0).all() and (found[:, :, ::2] != 0).all()
+
+
+def test_a_flattened_grid():
+    """A convolution over a grid, in both layers."""
+    primal = Primal("elu", transforms.Conv2D(3, (4, 5)))
+    with backends.float64():
+        regression = duality.fit(KEYS[:20], TARGETS[:20], primal, epsilon=0.05)
+        queries = RNG.normal(size=(20, 3))
+        for layer in (regression.to_layer(dtype="float64"), regression.to_primal_layer("float64")):
+            output = backends.to_numpy(layer(queries[np.newaxis]))[0]
+            np.testing.assert_allclose(output, regression.predict(queries), atol=1e-8)
+
+
+def test_masks_pass_through():
+    regression = fitted(FINITE[0])
+    masked = keras.layers.Masking()(QUERIES[np.newaxis].astype("float32"))
+    for layer in (regression.to_layer(), regression.to_primal_layer()):
+        assert layer(masked)._keras_mask is not None
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        ({"keys": -np.abs(KEYS), "primal": Primal("relu")}, "beyond floats, or zero.*Relu"),
+        ({"keys": 40 * KEYS}, "beyond floats, or zero.*Received: keys of size"),
+        ({"primal": "conv1d", "weights": [{}, {}]}, "`weights` of Conv1D must have the shapes"),
         ({"keys": KEYS[:-1]}, r"`keys` must have the shape.*keys.shape=\(30, 3\)"),
         ({"keys": KEYS[np.newaxis]}, "`keys` must have the shape"),
         ({"keys": np.full_like(KEYS, np.nan)}, "`keys` must be finite"),
@@ -418,5 +465,48 @@ def test_what_has_no_matrix_or_coefficients_says_why():
         duality.support_vectors(layer, X, tolerance=1)
     pooled = layers.ScaledHeadAttention(2, 4, scales=(1, 2), sliding_window=3)
     pooled(X, X)
-    with pytest.raises(ValueError, match="not told by position.*sliding_window=3"):
+    with pytest.raises(ValueError, match="a regression of its own.*sliding_window=3"):
         duality.dual_coefficients(pooled, X)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((X, X), "must be an array or a tensor, or a dict"),
+        ({"query": X}, "or a dict of call arguments with `value`"),
+        (keras.Input((7, 12)), "must be an array or a tensor"),
+        (X.astype("int32"), "`value` must be floating point"),
+        (X[..., :5], "built for a `value` with 12 features"),
+        (X[0], "must have the shape"),
+        ({"value": X, "key": X[:, :5]}, "must be equal"),
+    ],
+)
+def test_inputs_of_trained_heads(inputs, message):
+    layer = PrimalDualAttention(2, 4)
+    layer(X, X)
+    with pytest.raises(ValueError, match=message):
+        duality.dual_coefficients(layer, inputs)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fitted(HEADS[0]).predict(KEYS[:, :2]), r"of shape \(T, 3\). Received: queries="),
+        (lambda: fitted(HEADS[0]).predict(KEYS[0]), "`queries` must be finite numbers"),
+        (lambda: fitted(HEADS[0]).predict(KEYS * np.nan), "`queries` must be finite numbers"),
+        (
+            lambda: fitted(HEADS[0]).to_layer()(X),
+            "for a `query` with 3 features. Received: query.shape",
+        ),
+        (lambda: layers.SupportVectorAttention(5, 3, 2, "sliding_window"), "a window has no mean"),
+        (lambda: layers.SupportVectorAttention(0, 3, 2), "Received: num_examples=0"),
+        (lambda: layers.NormalizedFeatures(Primal("elu", "conv2d")), "takes its grid from inputs"),
+    ],
+)
+def test_bad_queries_and_layers(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_no_queries():
+    assert fitted(HEADS[0]).predict(KEYS[:0]).shape == (0, 2)

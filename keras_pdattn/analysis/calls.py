@@ -126,7 +126,14 @@ def symbolic_calls(model, input_shape):
     with _unchanged(model):
         for layer in _attention_layers(model):
             vars(layer)["call"] = _noted(layer, calls)
-        _Trace(model, calls).compute_output_spec(_specs(model, input_shape))
+        inputs = _specs(model, input_shape)
+        try:
+            _Trace(model, calls).compute_output_spec(inputs)
+        except Exception as error:  # Whatever the model's own code raises.
+            raise ValueError(
+                f"The model can't be called on inputs of this shape: {error.__cause__ or error}. "
+                f"Received: input_shape={input_shape}"
+            ) from error
     return calls
 
 
@@ -145,12 +152,22 @@ class _Trace(keras.Operation):
 
 def _specs(model, shape):
     """Symbolic inputs of the given shapes, of the dtypes that a model knows of its inputs."""
+    known = list(getattr(model, "inputs", None) or ())
     if isinstance(shape, dict):
-        return {name: _specs(model, one) for name, one in shape.items()}
-    if isinstance(shape[0], (tuple, list, dict)):
-        return [_specs(model, one) for one in shape]
-    dtypes_ = {x.dtype for x in getattr(model, "inputs", None) or ()}
-    return keras.KerasTensor(shape, dtype=dtypes_.pop() if len(dtypes_) == 1 else None)
+        dtypes_ = {x.name: x.dtype for x in known}
+        return {name: keras.KerasTensor(x, dtype=dtypes_.get(name)) for name, x in shape.items()}
+    is_one = not isinstance(shape[0], (tuple, list))
+    shapes = [shape] if is_one else shape
+    if known and len(known) != len(shapes):
+        raise ValueError(
+            f"`input_shape` must hold a shape for each of the model's {len(known)} inputs. "
+            f"Received: input_shape={shape}"
+        )
+    inputs = [
+        keras.KerasTensor(x, dtype=spec.dtype if spec is not None else None)
+        for x, spec in zip(shapes, known or [None] * len(shapes))
+    ]
+    return inputs[0] if is_one else inputs
 
 
 def _noted(layer, calls):

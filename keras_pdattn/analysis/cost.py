@@ -4,10 +4,13 @@ import dataclasses
 import math
 
 import keras
+import ml_dtypes
+import numpy as np
 from keras import ops
 
 from keras_pdattn import primals, validation
 from keras_pdattn.analysis.calls import symbolic_calls
+from keras_pdattn.layers import input_checks
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
 from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
 from keras_pdattn.ops import states
@@ -17,7 +20,10 @@ from keras_pdattn.ops.dtypes import accumulator
 from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.ops.prefixes import num_prefixes
 
-BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+def _itemsize(dtype):
+    """Bytes of a number; NumPy knows of all dtypes of Keras through ml_dtypes."""
+    return np.dtype(getattr(ml_dtypes, dtype, dtype)).itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +93,23 @@ class Cost:
 
     Attributes:
         layers: `LayerCost` of each call of an attention layer, in order.
+        parameters: how many numbers the weights hold, those of a layer called twice
+            once.
+        parameter_bytes: how many bytes they take, likewise.
     """
 
     layers: tuple
+    parameters: int
+    parameter_bytes: int
+
+    @classmethod
+    def of_calls(cls, calls):
+        """From pairs of a layer and the `LayerCost` of a call of it."""
+        layers = tuple(cost for _, cost in calls)
+        once = {id(layer): cost for layer, cost in calls}.values()
+        return cls(
+            layers, sum(one.parameters for one in once), sum(one.parameter_bytes for one in once)
+        )
 
     @property
     def attention(self):
@@ -105,16 +125,6 @@ class Cost:
     def activation_bytes(self):
         """Bytes of activations, all layers added."""
         return sum(layer.activation_bytes for layer in self.layers)
-
-    @property
-    def parameters(self):
-        """How many numbers the weights hold, those of a layer called twice once."""
-        return sum({layer.name: layer.parameters for layer in self.layers}.values())
-
-    @property
-    def parameter_bytes(self):
-        """How many bytes the weights take, likewise."""
-        return sum({layer.name: layer.parameter_bytes for layer in self.layers}.values())
 
 
 def cost(
@@ -149,8 +159,8 @@ def cost(
         input_shape: of a layer, `(batch, time, width)`, or a pair of such shapes for
             query and value; of a model, the shape of its input, or these in the
             structure that it takes. `None` for a batch counts as 1.
-        use_causal_mask: whether a layer's call is causal. That of layers in a model is
-            seen from their calls, as is what follows.
+        use_causal_mask: whether a layer's call is causal. Of a model, that is seen from
+            the calls of its layers, as is what follows.
         attention_mask: whether a layer's call has an attention mask.
         return_attention_scores: whether it returns scores.
 
@@ -158,8 +168,8 @@ def cost(
         `Cost`, with `layers`, for each of which there are `heads`.
 
     Raises:
-        ValueError: if there is no such layer, or a size other than the batch is not
-            known.
+        ValueError: if there is no such layer, a size other than the batch is not known,
+            or the shape is none for the layer or model.
 
     Example:
 
@@ -181,6 +191,12 @@ def cost(
             f"Received: layer_or_model={layer_or_model!r}"
         )
     if not isinstance(layer_or_model, keras.layers.MultiHeadAttention):
+        if use_causal_mask or attention_mask or return_attention_scores:
+            raise ValueError(
+                "How the layers of a model are called is seen from the model. Received: "
+                f"use_causal_mask={use_causal_mask}, attention_mask={attention_mask}, "
+                f"return_attention_scores={return_attention_scores}"
+            )
         calls = symbolic_calls(layer_or_model, _with_batch(input_shape))
         calls = [call for call in calls if isinstance(call[0], keras.layers.MultiHeadAttention)]
         if not calls:
@@ -188,21 +204,32 @@ def cost(
                 "The model has no `keras.layers.MultiHeadAttention`. "
                 f"Received: layer_or_model={layer_or_model!r}"
             )
-        return Cost(tuple(_cost_of_call(*call) for call in calls))
+        return Cost.of_calls([(call[0], _cost_of_call(*call)) for call in calls])
     for name, flag in (
         ("use_causal_mask", use_causal_mask),
         ("attention_mask", attention_mask),
         ("return_attention_scores", return_attention_scores),
     ):
         validation.boolean(name, flag)
-    is_pair = isinstance(input_shape[0], (tuple, list))
-    shapes = _with_batch(list(input_shape) if is_pair else [input_shape, input_shape])
-    layer = layer_or_model
+    layer, shapes = layer_or_model, _shapes_of_pair(input_shape)
+    input_checks.check_shapes(*shapes, shapes[1])
     if not layer.built:
         layer = type(layer).from_config(layer.get_config())
         layer.build(*(shapes[:1] if isinstance(layer, SupportVectorAttention) else shapes))
     flags = use_causal_mask, attention_mask, return_attention_scores
-    return Cost((_layer_cost(layer, *shapes, *flags),))
+    return Cost.of_calls([(layer, _layer_cost(layer, *shapes, *flags))])
+
+
+def _shapes_of_pair(shape):
+    """The shapes of query and value that `shape` is, or is both of."""
+    if isinstance(shape, (tuple, list)) and shape:
+        pair = shape if isinstance(shape[0], (tuple, list)) else [shape, shape]
+        if len(pair) == 2:
+            return _with_batch(list(pair))
+    raise ValueError(
+        "`input_shape` of a layer must be a shape, or a pair of them for query and value. "
+        f"Received: input_shape={shape}"
+    )
 
 
 def _with_batch(shape):
@@ -249,6 +276,7 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         has_mask,
         with_scores,
         layer._sliding_window if is_ours else None,
+        layer._use_gate,
         layer.compute_dtype,
     )
     heads = []
@@ -279,9 +307,9 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         projections=rows * (num_queries * per_query + num_keys * per_key),
         parameters=sum(math.prod(weight.shape) for weight in layer.weights),
         parameter_bytes=sum(
-            math.prod(weight.shape) * BYTES.get(weight.dtype, 4) for weight in layer.weights
+            math.prod(weight.shape) * _itemsize(weight.dtype) for weight in layer.weights
         ),
-        output_bytes=output * BYTES[call.dtype],
+        output_bytes=output * _itemsize(call.dtype),
     )
 
 
@@ -300,6 +328,7 @@ class _Call:
     has_mask: bool
     with_scores: bool
     sliding_window: int | None
+    has_gate: bool
     dtype: str
 
     def head(self, training_set):
@@ -348,17 +377,16 @@ class _Call:
                 written = examples.window.num_pairs(self.num_queries, self.is_causal)
             multiply_adds += written * (width + self.value_depth)
             num_features = width if feature_map.is_finite else 0
-        vectors = self.num_queries + num_examples + num_own
-        is_pooled = num_examples != self.num_keys
-        kept = (self.num_queries + self.num_keys) * (self.depth + self.value_depth) + is_pooled * (
-            num_examples + num_own
-        ) * (self.depth + self.value_depth)
+        pooled = 0 if num_examples == self.num_keys else num_examples + num_own
+        kept = (self.num_queries + self.num_keys + pooled) * (self.depth + self.value_depth)
+        kept += self.has_gate * self.num_queries * self.value_depth
+        wide = written + (self.num_queries + num_examples + num_own) * num_features
         return HeadCost(
             form=form,
             examples=num_examples,
             multiply_adds=multiply_adds,
-            activation_bytes=BYTES[self.dtype] * kept
-            + BYTES[accumulator(self.dtype)] * (written + vectors * num_features),
+            activation_bytes=_itemsize(self.dtype) * kept
+            + _itemsize(accumulator(self.dtype)) * wide,
         )
 
     def _transforms(self, num_queries, training_set):

@@ -11,6 +11,10 @@ from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.primals import Primal
 
 
+class NoRegressionError(ValueError):
+    """Queries see different keys, so that each solves a regression of its own."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Problem:
     """What a group of heads is fitted on, without causality.
@@ -53,12 +57,26 @@ class Problem:
     def _transform(self, queries):
         return transform(self.primal, queries, self.examples, self.weights, exactly=True)
 
-    def example_of_key(self):
-        """Which example each key is, or is pooled into, integer `(B, S)`; 0 where none."""
-        num_examples = ops.shape(self.examples.key)[1]
+    def is_valid(self):
+        """Boolean `(B, M)`: which examples are none of padding."""
+        if self.examples.mask is None:
+            return np.ones(self.examples.key.shape[:2], bool)
+        return ops.convert_to_numpy(self.examples.mask)
+
+    def by_key(self, x):
+        """Reads an array `(B, M, ...)` of the examples by key, `(B, S, ...)`.
+
+        A pooled key is in the example of its window; one that no example takes in
+        reads as zero.
+        """
+        num_examples = self.examples.key.shape[1]
         weights = ops.eye(num_examples, dtype=self.examples.key.dtype)
-        weights = ops.broadcast_to(weights, (ops.shape(self.keys.key)[0], 1) + weights.shape)
-        return np.argmax(ops.convert_to_numpy(self.examples.spread(weights, None))[:, 0], axis=1)
+        weights = ops.broadcast_to(weights, (len(x), 1, num_examples, num_examples))
+        shares = ops.convert_to_numpy(self.examples.spread(weights, None))[:, 0]
+        example, trailing = np.argmax(shares, axis=1), (1,) * (x.ndim - 2)
+        is_member = np.any(shares > 0, axis=1) & np.take_along_axis(self.is_valid(), example, 1)
+        x = np.take_along_axis(x, example.reshape(*example.shape, *trailing), axis=1)
+        return np.where(is_member.reshape(*is_member.shape, *trailing), x, 0.0)
 
 
 def to_float64(x):

@@ -7,7 +7,14 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn import primals, validation
-from keras_pdattn.duality.problem import Problem, log_divided, log_sum, to_float64, widest
+from keras_pdattn.duality.problem import (
+    NoRegressionError,
+    Problem,
+    log_divided,
+    log_sum,
+    to_float64,
+    widest,
+)
 from keras_pdattn.layers.normalized_features import NormalizedFeatures
 from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
 from keras_pdattn.ops import checks
@@ -92,15 +99,23 @@ def fit(
     validation.boolean("fit_intercept", fit_intercept)
     validation.real("tolerance", tolerance, "a positive number", lambda x: 0 < x < np.inf)
     problem = _problem(primal, keys, values, weights)
-    key = problem.transformed_keys()
+    (examples,) = np.nonzero(problem.is_valid()[0])
+    key = ops.take(problem.transformed_keys(), examples, axis=1)
     log_kernel = problem.log_kernel(key, key)[0, 0]
     log_normalizer = log_sum(log_kernel)
     log_kernel = log_divided(log_kernel, log_normalizer[:, np.newaxis])
     kernel = np.exp(log_divided(log_kernel, log_normalizer))
+    size = np.mean(np.diag(kernel))
+    if not 0 < size < np.inf:
+        raise ValueError(
+            "The normalised kernel of these keys with themselves is beyond floats, or zero. "
+            "Smaller keys, or another feature map, may help. "
+            f"Received: keys of size {np.abs(keys).max()}, feature_map={primal.feature_map!r}"
+        )
     # Solvers want a kernel of the order of one: f is the same for s K, C / s and beta / s.
-    scale = 1.0 / np.mean(np.diag(kernel))
+    scale = 1.0 / size
     C = scale if C == "scale" else C
-    targets = to_float64(problem.examples.value)[0, :, 0]
+    targets = to_float64(problem.examples.value)[0, examples, 0]
     regressors = [
         _solve(scale * kernel, target, C / scale, epsilon, fit_intercept, tolerance)
         for target in targets.T
@@ -114,6 +129,8 @@ def fit(
         fit_intercept=fit_intercept,
         regressors=regressors,
         problem=problem,
+        examples=examples,
+        kernel_of_examples=kernel,
         kernel_scale=scale,
         log_normalizer=log_normalizer,
     )
@@ -141,11 +158,21 @@ def _problem(primal, keys, values, weights):
     if weights is None:
         weights = [member.initial_weights(1, keys.shape[1]) for member in primal.weighted_members]
     checks.check_weights(primal.weighted_members, weights)
+    for member, its_weights in zip(primal.weighted_members, weights):
+        expected, received = (
+            {name: tuple(weight.shape) for name, weight in of_member.items()}
+            for of_member in (member.initial_weights(1, keys.shape[1]), its_weights)
+        )
+        if received != expected:
+            raise ValueError(
+                f"`weights` of {type(member).__name__} must have the shapes {expected}. "
+                f"Received: weights of shapes {received}"
+            )
     ((heads, training_set),) = primal.training_set.groups(1)
     keys = Examples.keys(_as_head(keys), _as_head(values), len(keys))
     problem = Problem.of_heads(primal, training_set, heads, weights, keys)
-    if problem.examples.visibility() is not None:
-        raise ValueError(
+    if problem.examples.window is not None or problem.examples.visible is not None:
+        raise NoRegressionError(
             "Where queries see different keys, each has a training set of its own, and there is "
             f"no one regression to fit. Received: training_set={primal.training_set!r}"
         )
@@ -196,7 +223,9 @@ class SupportVectorRegression:
         regressors: scikit-learn's `SVR` of each output, fitted on
             `kernel(keys)` (without an intercept, on the examples and their mirror
             images).
-        problem: the examples and the weights.
+        problem: the keys and the weights.
+        examples: indices of its examples; a training set of yours may mask some.
+        kernel_of_examples: array `(M, M)`, \(K(k_i, k_j)\).
         kernel_scale: the factor on the kernel that the regressors were given.
         log_normalizer: array `(M,)`, \(\log h(T(k_j))\).
 
@@ -224,6 +253,8 @@ class SupportVectorRegression:
     fit_intercept: bool
     regressors: list
     problem: Problem
+    examples: np.ndarray
+    kernel_of_examples: np.ndarray
     kernel_scale: float
     log_normalizer: np.ndarray
 
@@ -235,19 +266,36 @@ class SupportVectorRegression:
         )
 
     def kernel(self, queries):
-        r"""What the regressors take for `queries`, `(T, D)`: an array `(T, M)`.
+        r"""The kernel of `queries`, `(T, D)`, and the examples: an array `(T, M)`.
 
         \[ s\,K(x, k_j) = s\,\frac{\kappa(T(x), T(k_j))}{h(T(x))\, h(T(k_j))} \]
 
-        with \(s\) = `kernel_scale`. A convolution runs along the queries.
+        with \(s\) = `kernel_scale`, as the regressors take it. A convolution runs along
+        the queries.
+
+        Raises:
+            ValueError: if `queries` have another shape, or are not finite.
         """
-        log_kernel = self.problem.log_kernel_of(Queries(_as_head(queries)))[0, 0]
+        queries = np.asarray(queries, "float64")
+        depth = self.keys.shape[1]
+        if queries.ndim != 2 or queries.shape[1] != depth or not np.isfinite(queries).all():
+            raise ValueError(
+                f"`queries` must be finite numbers of shape (T, {depth}). "
+                f"Received: queries={queries} of shape {queries.shape}"
+            )
+        log_kernel = self.problem.log_kernel_of(Queries(_as_head(queries)))[0, 0][:, self.examples]
         log_kernel = log_divided(log_kernel, log_sum(log_kernel)[:, np.newaxis])
         return self.kernel_scale * np.exp(log_divided(log_kernel, self.log_normalizer))
 
     def predict(self, queries):
-        """What scikit-learn predicts for `queries`, `(T, D)`: an array `(T, outputs)`."""
+        """What scikit-learn predicts for `queries`, `(T, D)`: an array `(T, outputs)`.
+
+        Raises:
+            ValueError: if `queries` have another shape, or are not finite.
+        """
         kernel = self.kernel(queries)
+        if not len(kernel):
+            return np.zeros((0, len(self.regressors)))
         if not self.fit_intercept:
             kernel = np.concatenate([kernel, -kernel], axis=1)
         outputs = np.stack([regressor.predict(kernel) for regressor in self.regressors], axis=1)
@@ -282,23 +330,24 @@ class SupportVectorRegression:
     @property
     def support_vectors(self):
         """The examples with a coefficient, `(len(support), D)`, before the transform."""
-        return to_float64(self.problem.examples.key)[0, self.support, 0]
+        return to_float64(self.problem.examples.key)[0, self.examples[self.support], 0]
 
     @property
     def values(self):
         r"""\(v_j\) of the keys, `(N, outputs)`: attention to them is the regression.
 
-        A pooled key has the value of its window.
+        A pooled key has the value of its window; one that no example takes in, zero.
         """
         # A key without any kernel, not with itself either, has nothing to say.
         inverse_normalizer = np.exp(log_divided(0.0, self.log_normalizer))
-        values = self.dual_coefficients * inverse_normalizer[:, np.newaxis]
-        return values[self.problem.example_of_key()[0]]
+        values = np.zeros((1, self.problem.examples.key.shape[1], len(self.regressors)))
+        values[0, self.examples] = self.dual_coefficients * inverse_normalizer[:, np.newaxis]
+        return self.problem.by_key(values)[0]
 
     @property
     def primal_objective(self):
         r"""\(\tfrac12\|W_d\|^2 + C\sum_j(\xi_j(d) + \tilde\xi_j(d))\), `(outputs,)`."""
-        fitted = self._kernel_of_examples() @ self.dual_coefficients + self.intercept
+        fitted = self.kernel_of_examples @ self.dual_coefficients + self.intercept
         slack = np.maximum(np.abs(self.targets - fitted) - self.epsilon, 0.0)
         return 0.5 * self._squared_norm() + self.C * slack.sum(axis=0)
 
@@ -319,13 +368,7 @@ class SupportVectorRegression:
 
     def _squared_norm(self):
         coefficients = self.dual_coefficients
-        return np.sum(coefficients * (self._kernel_of_examples() @ coefficients), axis=0)
-
-    def _kernel_of_examples(self):
-        key = self.problem.transformed_keys()
-        log_kernel = self.problem.log_kernel(key, key)[0, 0]
-        log_kernel = log_divided(log_kernel, self.log_normalizer[:, np.newaxis])
-        return np.exp(log_divided(log_kernel, self.log_normalizer))
+        return np.sum(coefficients * (self.kernel_of_examples @ coefficients), axis=0)
 
     @property
     def weight_matrix(self):
@@ -379,9 +422,9 @@ class SupportVectorRegression:
         normalizer = np.exp(log_scale - largest) @ features
         normalized = NormalizedFeatures(self.primal, dtype=dtype)
         dense = keras.layers.Dense(self.targets.shape[1], dtype=dtype)
-        model = keras.Sequential([normalized, dense], **kwargs)
-        model.build((None, None, self.keys.shape[1]))
-        normalized.assign(self.problem.examples.key, normalizer, self.problem.weights)
+        inputs = keras.Input((None, self.keys.shape[1]), dtype=normalized.variable_dtype)
+        model = keras.Sequential([inputs, normalized, dense], **kwargs)
+        normalized.assign(self.problem.examples, normalizer, self.problem.weights)
         dense.kernel.assign(self.weight_matrix.T * np.exp(-largest))
         dense.bias.assign(self.intercept)
         return model
@@ -398,4 +441,4 @@ class SupportVectorRegression:
         key = widen(self.problem.transformed_keys())
         features, log_scale = feature_map.key_features(key, self.problem.weights[-1])
         log_scale = ops.zeros_like(features[..., 0]) if log_scale is None else log_scale
-        return to_float64(features)[0, :, 0], to_float64(log_scale)[0, :, 0]
+        return tuple(to_float64(x)[0, self.examples, 0] for x in (features, log_scale))

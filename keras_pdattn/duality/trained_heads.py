@@ -2,15 +2,17 @@
 
 import dataclasses
 
+import keras
 import numpy as np
 from keras import ops
 
 from keras_pdattn import validation
-from keras_pdattn.duality.problem import Problem, log_sum, to_float64
+from keras_pdattn.duality.problem import NoRegressionError, Problem, log_sum, to_float64
+from keras_pdattn.layers import input_checks
 from keras_pdattn.layers.masking import detached_masks, get_keras_mask
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
 from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
-from keras_pdattn.ops import masks
+from keras_pdattn.ops import checks, masks
 from keras_pdattn.ops.examples import Examples
 
 
@@ -43,8 +45,8 @@ def dual_coefficients(layer, inputs):
         \(\exp(\|k\|^2/\sqrt D)\) for softmax.
 
     Raises:
-        ValueError: if `layer` is not built or no `PrimalDualAttention`, or the call is
-            causal or has an attention mask.
+        ValueError: if `layer` is not built or no `PrimalDualAttention`, if `inputs` are
+            none for it, or if the call is causal or has an attention mask.
 
     Example:
 
@@ -152,23 +154,23 @@ def _values_and_normalizers(layer, inputs):
         visible = problem.examples.visibility()
         if visible is not None:
             log_kernel = np.where(ops.convert_to_numpy(visible), log_kernel, -np.inf)
-        index = np.expand_dims(problem.example_of_key(), axis=1)
-        log_normalizers.append(np.take_along_axis(log_sum(log_kernel), index, axis=2))
-        value = np.swapaxes(to_float64(problem.examples.value), 1, 2)
-        values.append(np.take_along_axis(value, index[..., np.newaxis], axis=2))
+        log_normalizers.append(problem.by_key(np.swapaxes(log_sum(log_kernel), 1, 2)))
+        values.append(problem.by_key(to_float64(problem.examples.value)))
     valid = np.ones((batch, length), bool)
     if keys.mask is not None:
         valid = ops.convert_to_numpy(keys.mask)
-    value, log_normalizer = (np.concatenate(x, axis=1) for x in (values, log_normalizers))
-    seen = np.expand_dims(valid, axis=1)
-    return np.where(seen[..., np.newaxis], value, 0.0), np.where(seen, log_normalizer, 0.0), valid
+    value, log_normalizer = (
+        np.where(valid.reshape(batch, length, *(1,) * (x[0].ndim - 2)), np.concatenate(x, 2), 0.0)
+        for x in (values, log_normalizers)
+    )
+    return np.swapaxes(value, 1, 2), np.swapaxes(log_normalizer, 1, 2), valid
 
 
 def _within(sliding_window, training_set):
     near = training_set.within(sliding_window)
     if near is None:
-        raise ValueError(
-            "The examples that a window leaves of these are not told by position. "
+        raise NoRegressionError(
+            "Where a window cuts pooled keys, each query has a regression of its own. "
             f"Received: sliding_window={sliding_window}, training_set={training_set!r}"
         )
     return near
@@ -187,17 +189,28 @@ def _keys(layer, inputs):
         call = {name: ops.expand_dims(weight, axis=0) for name, weight in own}
     for name in ("use_causal_mask", "attention_mask"):
         if call.get(name) is not None and call[name] is not False:
-            raise ValueError(
+            raise NoRegressionError(
                 "Where queries see different keys, each has a training set, and a regression, of "
                 f"its own. Received: inputs with `{name}`"
             )
-    value = ops.convert_to_tensor(call["value"])
-    key = call.get("key")
-    key = value if key is None else ops.convert_to_tensor(key)
+    value = call.get("value")
+    key = value if call.get("key") is None else call["key"]
+    if any(not hasattr(x, "shape") or keras.backend.is_keras_tensor(x) for x in (value, key)):
+        raise ValueError(
+            "`inputs` must be an array or a tensor, or a dict of call arguments with `value`. "
+            f"Received: inputs={inputs!r}"
+        )
+    attached = {"value": get_keras_mask(value), "key": get_keras_mask(key)}
+    value, key = ops.convert_to_tensor(value), ops.convert_to_tensor(key)
+    checks.check_tensors(value=value, key=key)
+    shapes = {"value": tuple(value.shape), "key": tuple(key.shape)}
+    input_checks.check_shapes(query=shapes["value"], **shapes)
+    input_checks.check_rank(layer._rank, query=shapes["value"], **shapes)
+    input_checks.check_widths(layer._widths, **shapes)
     key_mask = None
     for name, tensor in (("value", value), ("key", key)):
         mask = call.get(f"{name}_mask")
-        mask = get_keras_mask(tensor) if mask is None else mask
+        mask = attached[name] if mask is None else mask
         if mask is not None:
             mask = layer._axes.padding(f"{name}_mask", mask, tensor)
             key_mask = masks.intersect(key_mask, mask)

@@ -18,11 +18,12 @@ class NormalizedFeatures(keras.layers.Layer):
 
     A dense layer on top of it is the primal layer of the theory, whose dual form is
     attention; `duality.fit(...).to_primal_layer()` makes the two. The statistics of
-    \(T\) and the vector \(z\) are weights that do not train. A fresh layer has
-    those of a training set at zero.
+    \(T\) and the vector \(z\) are weights that do not train, nor follow where weights
+    of \(T\) do. In a fresh layer \(z\) is 1. The training set of `primal` has done its
+    part when these are given.
 
-    Masking: none; each position stands for itself, but for a convolution, which runs
-    along the sequence. Causal use: none.
+    Masking: the mask is passed on; each position stands for itself, but for a
+    convolution, which runs along the sequence. Causal use: none.
 
     Cost: features times the length.
 
@@ -37,7 +38,7 @@ class NormalizedFeatures(keras.layers.Layer):
         Tensor of shape `(batch, time, features)`; zero where a normaliser is.
 
     Raises:
-        ValueError: if the feature map has no end.
+        ValueError: if the feature map has no end, or a transform needs a grid.
 
     Example:
 
@@ -56,7 +57,9 @@ class NormalizedFeatures(keras.layers.Layer):
 
     def __init__(self, primal, **kwargs):
         super().__init__(**kwargs)
+        self.supports_masking = True
         self.primal = primals.get(primal)
+        self.primal.check_call(num_axes=1)
         if not self.primal.feature_map.is_finite:
             raise ValueError(
                 f"The feature map has no end. Received: feature_map={self.primal.feature_map!r}"
@@ -73,14 +76,15 @@ class NormalizedFeatures(keras.layers.Layer):
         self._primal_weights.build((1, depth))
         # What statistics look like, transforms show on any keys.
         keys = ops.zeros((1, 2, 1, depth), dtype=self.variable_dtype)
-        weights = [member.initial_weights(1, depth) for member in self.primal.weighted_members]
-        keys, statistics = self._fit(keys, weights)
         self.statistics = [
-            tree.map_structure(self._fixed_weight(f"{type(transform).__name__}_{index}"), found)
-            for index, (transform, found) in enumerate(zip(self.primal.transform, statistics))
+            tree.map_structure(
+                self._fixed_weight(f"{type(transform).__name__}_{index}"), transform.fit(keys, None)
+            )
+            for index, transform in enumerate(self.primal.transform)
         ]
-        num_features = self.primal.feature_map.features(widen(keys), weights[-1]).shape[-1]
-        self.normalizer = self._fixed_weight("normalizer")(ops.ones((num_features,)))
+        feature_map = self.primal.feature_map
+        features = feature_map.features(widen(keys), feature_map.initial_weights(1, depth))
+        self.normalizer = self._fixed_weight("normalizer")(ops.ones((features.shape[-1],)))
 
     def _fixed_weight(self, name):
         def add(value):
@@ -96,29 +100,32 @@ class NormalizedFeatures(keras.layers.Layer):
 
         return add
 
-    def _fit(self, keys, weights):
-        """The keys `(1, M, 1, D)` transformed, and the statistics of each transform."""
-        statistics = []
-        for transform, its_weights in zip(self.primal.transform, weights):
-            statistics.append(transform.fit(keys, None))
-            keys = transform.apply(keys, statistics[-1], its_weights)
-        return keys, statistics
-
     def assign(self, examples, normalizer, weights):
         """Takes over a training set.
 
         Args:
-            examples: tensor `(1, M, 1, depth)`, not transformed.
+            examples: `ops.examples.Examples` of one head, not transformed.
             normalizer: array `(features,)`, z, or a multiple of it.
             weights: list with a dict for each transform and the feature map.
         """
         self._primal_weights.assign(weights)
-        _, statistics = self._fit(examples, weights)
-        for variables, found in zip(self.statistics, statistics):
+        for transform, variables, its_weights in zip(
+            self.primal.transform, self.statistics, weights
+        ):
+            examples = examples.zero_padding()
+            found = transform.fit(examples.key, examples.mask)
             for variable, value in zip(tree.flatten(variables), tree.flatten(found)):
                 if variable is not None:
                     variable.assign(value)
+            examples = examples.with_keys(
+                lambda key, transform=transform, found=found, its_weights=its_weights: (
+                    transform.apply(key, found, its_weights)
+                )
+            )
         self.normalizer.assign(normalizer)
+
+    def compute_output_shape(self, input_shape):
+        return (*input_shape[:-1], self.normalizer.shape[0])
 
     def call(self, inputs):
         x = ops.expand_dims(widen(inputs), axis=2)

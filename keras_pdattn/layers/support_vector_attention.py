@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_pdattn import descriptions, validation
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.training_sets import SlidingWindow
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -27,7 +28,9 @@ class SupportVectorAttention(PrimalDualAttention):
         key_dim: positive integer, depth of queries and keys.
         value_dim: positive integer, the number of outputs.
         primal: a `Primal` for one head, its name or its config.
-        **kwargs: `name`, `dtype` and `trainable`, as for any layer.
+        name: name of the layer.
+        dtype: dtype or dtype policy.
+        trainable: whether its weights train.
 
     Call arguments:
         query: tensor of shape `(batch, queries, key_dim)`.
@@ -41,7 +44,7 @@ class SupportVectorAttention(PrimalDualAttention):
 
     Raises:
         ValueError: as `PrimalDualAttention`; if `num_examples` is not a positive
-            integer.
+            integer, or the training set is a sliding window.
 
     Example:
 
@@ -58,9 +61,34 @@ class SupportVectorAttention(PrimalDualAttention):
         Networks", ICLR 2023 (arXiv:2406.13781), equation 2.
     """
 
-    def __init__(self, num_examples, key_dim, value_dim, primal="softmax", **kwargs):
-        self.num_examples = validation.positive_int("num_examples", num_examples)
-        super().__init__(1, key_dim, value_dim, output_shape=value_dim, primal=primal, **kwargs)
+    def __init__(
+        self,
+        num_examples,
+        key_dim,
+        value_dim,
+        primal="softmax",
+        name=None,
+        dtype=None,
+        trainable=True,
+    ):
+        validation.positive_int("num_examples", num_examples)
+        validation.positive_int("value_dim", value_dim)
+        super().__init__(
+            1,
+            key_dim,
+            value_dim,
+            output_shape=value_dim,
+            primal=primal,
+            name=name,
+            dtype=dtype,
+            trainable=trainable,
+        )
+        self.num_examples = num_examples
+        if isinstance(self.primal.training_set, SlidingWindow):
+            raise ValueError(
+                "Queries have no place among keys that the layer holds: a window has no meaning. "
+                f"Received: training_set={self.primal.training_set!r}"
+            )
 
     def get_config(self):
         config = {**super().get_config(), "num_examples": self.num_examples}
@@ -68,6 +96,11 @@ class SupportVectorAttention(PrimalDualAttention):
         return {name: config[name] for name in arguments}
 
     def build(self, query_shape):
+        if query_shape[-1] != self._key_dim:
+            raise ValueError(
+                f"`query` must have the depth of the keys, {self._key_dim}. "
+                f"Received: query.shape={tuple(query_shape)}"
+            )
         key_shape = (query_shape[0], self.num_examples, self._key_dim)
         value_shape = (query_shape[0], self.num_examples, self._value_dim)
         super().build(query_shape, value_shape, key_shape)

@@ -31,7 +31,9 @@ def chunk_size(num_features):
     return min(max(num_features, LEAST_CHUNK), MOST_CHUNK)
 
 
-def is_cheaper(query_length, num_examples, num_features, dual_width, value_depth, is_causal):
+def is_cheaper(
+    query_length, num_examples, num_features, dual_width, value_depth, is_causal, stride=1
+):
     """Whether the primal form takes fewer multiplications than the dual one.
 
     Args:
@@ -41,10 +43,12 @@ def is_cheaper(query_length, num_examples, num_features, dual_width, value_depth
         dual_width: width of the vectors whose products give the kernel.
         value_depth: depth of a value.
         is_causal: whether queries see prefixes.
+        stride: queries to an example, if causal.
     """
     if not isinstance(query_length, int) or not isinstance(num_examples, int):
         return True
-    primal = multiply_adds(query_length, num_examples, num_features, value_depth, is_causal)
+    sizes = query_length, num_examples, num_features, value_depth
+    primal = multiply_adds(*sizes, is_causal, stride)
     return primal < query_length * num_examples * (dual_width + value_depth)
 
 
