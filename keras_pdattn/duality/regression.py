@@ -410,7 +410,7 @@ class SupportVectorRegression:
             **kwargs: `name`, as for any model.
 
         Returns:
-            A built `keras.Sequential` of `layers.NormalizedFeatures` and
+            A `keras.Sequential` of `layers.NormalizedFeatures` and
             `keras.layers.Dense`: queries `(batch, T, D)` to `(batch, T, outputs)`.
 
         Raises:
@@ -422,8 +422,8 @@ class SupportVectorRegression:
         normalizer = np.exp(log_scale - largest) @ features
         normalized = NormalizedFeatures(self.primal, dtype=dtype)
         dense = keras.layers.Dense(self.targets.shape[1], dtype=dtype)
-        inputs = keras.Input((None, self.keys.shape[1]), dtype=normalized.variable_dtype)
-        model = keras.Sequential([inputs, normalized, dense], **kwargs)
+        model = keras.Sequential([normalized, dense], **kwargs)
+        model.build((None, None, self.keys.shape[1]))
         normalized.assign(self.problem.examples, normalizer, self.problem.weights)
         dense.kernel.assign(self.weight_matrix.T * np.exp(-largest))
         dense.bias.assign(self.intercept)
