@@ -221,8 +221,8 @@ class SupportVectorRegression:
         epsilon: half the width of the tube.
         fit_intercept: whether there is a \(b\).
         regressors: scikit-learn's `SVR` of each output, fitted on
-            `kernel(keys)` (without an intercept, on the examples and their mirror
-            images).
+            `kernel_scale * kernel_of_examples` (without an intercept, on the examples
+            and their mirror images).
         problem: the keys and the weights.
         examples: indices of its examples; a training set of yours may mask some.
         kernel_of_examples: array `(M, M)`, \(K(k_i, k_j)\).
