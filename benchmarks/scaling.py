@@ -19,6 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks import machine
+from benchmarks.compiled import forward_of, training_of
 from keras_pdattn import layers
 
 RESULTS = Path(__file__).parent / "results"
@@ -30,70 +31,6 @@ LAYERS = {
     "sliding window of 64": (layers.SlidingWindowAttention, {"size": 64}, False),
     "sliding window of 64, causal": (layers.SlidingWindowAttention, {"size": 64}, True),
 }
-
-
-def forward_of(layer, use_causal_mask):
-    """The compiled layer, from an array to a tensor."""
-    if keras.backend.backend() == "torch":
-        import torch
-
-        def forward(x):
-            with torch.no_grad():
-                return layer(x, x, use_causal_mask=use_causal_mask)
-
-        return forward
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.jit(lambda x: layer(x, x, use_causal_mask=use_causal_mask))
-    import tensorflow as tf
-
-    return tf.function(
-        lambda x: layer(x, x, use_causal_mask=use_causal_mask),
-        jit_compile=True,
-        reduce_retracing=False,
-    )
-
-
-def training_of(layer, use_causal_mask):
-    """Loss and its gradients with respect to inputs and weights, compiled."""
-
-    def loss(x):
-        return keras.ops.mean(keras.ops.square(layer(x, x, use_causal_mask=use_causal_mask)))
-
-    if keras.backend.backend() == "torch":
-        import torch
-
-        def step(x):
-            x = x.detach().requires_grad_()
-            variables = [weight.value for weight in layer.trainable_weights]
-            return torch.autograd.grad(loss(x), [x, *variables])[0]
-
-        return step
-    if keras.backend.backend() == "jax":
-        import jax
-
-        fixed = [weight.value for weight in layer.non_trainable_variables]
-
-        def stateless_loss(variables, x):
-            output, _ = layer.stateless_call(
-                variables, fixed, x, x, use_causal_mask=use_causal_mask
-            )
-            return keras.ops.mean(keras.ops.square(output))
-
-        gradients = jax.jit(jax.grad(stateless_loss, argnums=(0, 1)))
-        variables = [weight.value for weight in layer.trainable_variables]
-        return lambda x: gradients(variables, x)[1]
-    import tensorflow as tf
-
-    @tf.function(jit_compile=True, reduce_retracing=False)
-    def step(x):
-        with tf.GradientTape() as tape:
-            tape.watch(x)
-            value = loss(x)
-        return tape.gradient(value, [x, *(w.value for w in layer.trainable_weights)])[0]
-
-    return step
 
 
 def seconds(function, x, repeats):
@@ -123,7 +60,7 @@ def measure(name, lengths, make):
     cls, arguments, use_causal_mask = LAYERS[name]
     layer = cls(4, 32, **arguments)
     layer.build((None, None, 128), (None, None, 128))
-    function = make(layer, use_causal_mask)
+    function = make(layer, use_causal_mask=use_causal_mask)
     times = {}
     for length in track(lengths, description=name):
         x = np.random.default_rng(0).normal(size=(1, length, 128)).astype("float32")
