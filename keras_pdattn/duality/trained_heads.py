@@ -159,10 +159,7 @@ def _values_and_normalizers(layer, inputs):
     valid = np.ones((batch, length), bool)
     if keys.mask is not None:
         valid = ops.convert_to_numpy(keys.mask)
-    value, log_normalizer = (
-        np.where(valid.reshape(batch, length, *(1,) * (x[0].ndim - 2)), np.concatenate(x, 2), 0.0)
-        for x in (values, log_normalizers)
-    )
+    value, log_normalizer = (np.concatenate(x, axis=2) for x in (values, log_normalizers))
     return np.swapaxes(value, 1, 2), np.swapaxes(log_normalizer, 1, 2), valid
 
 

@@ -30,8 +30,8 @@ class Window:
 
     Query i sees key j where, along every axis, `|i - j| < size * dilation` and
     `i - j` is a multiple of `dilation`. The first `global_tokens` valid keys are
-    seen by all; a query that stands where one of them does sees all. Whatever
-    is further than `reach` along an axis, though, nobody sees.
+    seen by all; a query that stands where one of them does sees all. What is
+    `reach` or more away along an axis, though, nobody sees.
 
     Attributes:
         size: positive integer, steps to either side, its own position counted.
