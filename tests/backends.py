@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -92,3 +93,17 @@ def to_numpy(x):
 
 def is_float64(x):
     return keras.backend.standardize_dtype(x.dtype) == "float64"
+
+
+def forget_programs(most_mappings):
+    """Drops compiled programs of JAX once the process has more than `most_mappings`.
+
+    Each program maps a few pages. Linux allows a process 65,530 mappings, and the compiler
+    crashes beyond.
+    """
+    mappings = Path("/proc/self/maps")
+    if BACKEND == "jax" and mappings.exists():
+        if mappings.read_bytes().count(b"\n") > most_mappings:
+            import jax
+
+            jax.clear_caches()

@@ -5,6 +5,7 @@ import os
 # JAX compiles every op for every shape; the tests wait for that, not for the ops.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 
+import backends
 import keras
 import pytest
 from hypothesis import HealthCheck, settings
@@ -36,3 +37,10 @@ def cleared():
     """Leaves no model behind a file of tests; for each test that would take half a second."""
     yield
     keras.utils.clear_session()
+
+
+@pytest.fixture(autouse=True)
+def compiled_programs():
+    """Forgets what JAX has compiled before the process runs out of memory mappings."""
+    yield
+    backends.forget_programs(most_mappings=30_000)
