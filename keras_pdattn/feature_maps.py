@@ -1,6 +1,7 @@
 """Feature maps: the choice of Φ, or of the kernel κ(x, y) = Φ(x)ᵀΦ(y)."""
 
 import dataclasses
+import functools
 
 import keras
 import numpy as np
@@ -9,7 +10,9 @@ from keras import ops
 from keras_pdattn import descriptions, validation
 from keras_pdattn.ops import kernels, states
 from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.dual import dual_attention
 from keras_pdattn.ops.indexing import append_axes
+from keras_pdattn.ops.windows import banded_attention
 
 
 class FeatureMap(descriptions.WeightedMember):
@@ -115,45 +118,51 @@ class FeatureMap(descriptions.WeightedMember):
         return self.key_features(x, weights)
 
     def weigh(self, products, log_scale, visible):
-        """Weights of what each query sees, from products of `dual_query` and `dual_key`.
+        """The kernel of what each query sees, from products of `dual_query` and `dual_key`.
 
         Args:
             products: tensor `(..., queries, examples)`.
             log_scale: logarithms of factors of the examples, broadcastable to
                 `products`; or `None`.
             visible: boolean, likewise.
-        """
-        return kernels.masked_share(products, log_scale, visible)
 
-    def attend(self, query, examples, weights, dropout, return_weights, flash_attention):
+        Returns:
+            The kernel, zero where `visible` is False, and its sum along the last axis;
+            both may be off by one positive factor for each query. A sum of `None`
+            is one.
+        """
+        return kernels.masked_kernel(products, log_scale, visible)
+
+    def attend(self, query, examples, weights, dropout, return_weights, flash_attention, form):
         """Values weighted by the kernel, normalised over what each query sees.
 
         Args:
             query: transformed queries, `(batch, queries, heads, depth)`.
             examples: `ops.examples.Examples` with transformed keys.
             weights: what `build` returned, for these heads.
-            dropout: function that drops entries of a tensor, or `None`.
+            dropout: `ops.dropout.Dropout`, or `None`.
             return_weights: whether the weights are wanted.
             flash_attention: as in `keras.ops.dot_product_attention`.
+            form: as in `ops.attention`.
 
         Returns:
             `(output, weights, own_weights)`; weights are `None` where they are
             not wanted and were not needed.
         """
-        if flash_attention:
+        if flash_attention or form == "fused":
             raise ValueError(
-                "`flash_attention=True` needs the softmax feature map. "
-                f"Received: feature_map={self!r}"
+                "`flash_attention=True` and `form='fused'` need the softmax feature map. "
+                f"Received: feature_map={self!r}, flash_attention={flash_attention}, form={form!r}"
             )
         query, examples = widen(query), examples.with_keys(widen)
-        if self.uses_primal_form(query, examples, weights, return_weights):
+        if form is None and self.uses_primal_form(query, examples, weights, return_weights):
             query = self.query_features(query, weights)
             examples = examples.with_scaled_keys(lambda key: self.key_features(key, weights))
             result = states.primal_attention(query, examples), None, None
         else:
             query = self.dual_query(query, weights)
             examples = examples.with_scaled_keys(lambda key: self.dual_key(key, weights))
-            result = kernels.dual_attention(query, examples, self.weigh, None, return_weights)
+            result = dual_attention(query, examples, self.weigh, None, return_weights, form)
         output, *attention_weights = result
         return output if dropout is None else dropout(output), *attention_weights
 
@@ -162,15 +171,19 @@ class FeatureMap(descriptions.WeightedMember):
         is_restricted = examples.visible is not None or examples.window is not None
         if return_weights or is_restricted or not self.is_finite:
             return False
-        widths = self.widths(query[:, :1], weights)
+        widths = self.widths(query, weights)
         lengths = query.shape[1], examples.key.shape[1]
         sizes = (*lengths, *widths, examples.value.shape[-1])
         return states.is_cheaper(*sizes, examples.is_causal, examples.stride)
 
     def widths(self, x, weights):
-        """How wide the features of `x` are, and the vectors for the dual form."""
+        """How wide the features of `x` are, and the vectors for the dual form.
+
+        Found out on one position; a subclass may know.
+        """
         return [
-            function(x, weights).shape[-1] for function in (self.query_features, self.dual_query)
+            function(x[:, :1], weights).shape[-1]
+            for function in (self.query_features, self.dual_query)
         ]
 
 
@@ -212,22 +225,27 @@ class Softmax(FeatureMap):
     def weigh(self, products, log_scale, visible):
         return kernels.masked_softmax(products, log_scale, visible)
 
-    def attend(self, query, examples, weights, dropout, return_weights, flash_attention):
+    def attend(self, query, examples, weights, dropout, return_weights, flash_attention, form):
         scale = query.shape[-1] ** -0.5
         needs_weights = return_weights or dropout is not None or examples.own is not None
-        has_bands = examples.has_bands() and not flash_attention
-        is_fused = not needs_weights and not has_bands
-        if is_fused and kernels.has_fused_softmax(examples.key, examples.value):
-            output = kernels.fused_softmax_attention(query, examples, scale, flash_attention)
-            return output, None, None
-        if flash_attention:
+        can_fuse = not needs_weights and kernels.can_fuse(examples.key, examples.value)
+        insists = flash_attention or form == "fused"
+        if insists and not can_fuse:
             raise ValueError(
-                "`flash_attention=True` can't be kept: dropout, attention scores, causal scaled "
-                "heads and, on JAX, values of another depth than keys need the attention weights "
-                f"themselves. Received: flash_attention={flash_attention}"
+                "`flash_attention=True` and `form='fused'` can't be kept: dropout, attention "
+                "scores, causal scaled heads, float64 and, on JAX, values of another depth than "
+                "keys need the attention weights themselves. "
+                f"Received: flash_attention={flash_attention}, form={form!r}"
             )
+        if insists or (form is None and can_fuse and kernels.has_kernel(examples.value.dtype)):
+            attend = functools.partial(
+                kernels.fused_softmax_attention, scale=scale, flash_attention=flash_attention
+            )
+            if not insists and examples.has_bands():
+                return banded_attention(query, examples, attend), None, None
+            return attend(query, examples), None, None
         query = widen(query) * scale
-        return kernels.dual_attention(query, examples, self.weigh, dropout, return_weights)
+        return dual_attention(query, examples, self.weigh, dropout, return_weights, form)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -258,15 +276,19 @@ class Elu(FeatureMap):
         Katharopoulos et al., "Transformers are RNNs", ICML 2020.
     """
 
+    def widths(self, x, weights):
+        return 2 * [x.shape[-1]]
+
     def features(self, x, weights, log_factor=0.0):
-        # Not `ops.elu(x) + 1`, which would round the exponential's small values off.
-        is_positive = x > 0
-        exponential = ops.exp(ops.where(is_positive, 0.0, x) - log_factor)
-        return ops.where(is_positive, x + 1.0, exponential)
+        # Not `ops.elu(x) + 1`, which would round the exponential's small values off. `x` less its
+        # positive part is its negative part, with the slope of `x` at zero.
+        positive = ops.relu(x)
+        return positive + ops.exp(x - positive - log_factor)
 
     def query_features(self, x, weights):
-        largest = ops.max(x, axis=-1, keepdims=True)
-        return self.features(x, weights, ops.stop_gradient(-ops.relu(-largest)))
+        # Of negative numbers alone the largest is taken off, lest nothing is left of any.
+        largest = ops.max(ops.stop_gradient(x), axis=-1, keepdims=True)
+        return self.features(x, weights, ops.minimum(largest, 0.0))
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -295,6 +317,9 @@ class Relu(FeatureMap):
         Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
         Networks", ICLR 2023 (arXiv:2406.13781), linear attention.
     """
+
+    def widths(self, x, weights):
+        return 2 * [x.shape[-1]]
 
     def features(self, x, weights):
         return ops.relu(x)
@@ -330,6 +355,10 @@ class Taylor(FeatureMap):
         Networks", ICLR 2023 (arXiv:2406.13781): the monomials of the exp kernel's
         feature map, cut off after the second degree.
     """
+
+    def widths(self, x, weights):
+        depth = x.shape[-1]
+        return [1 + depth + depth * (depth + 1) // 2, depth]
 
     def features(self, x, weights):
         x, depth = x * x.shape[-1] ** -0.25, x.shape[-1]
@@ -433,6 +462,9 @@ class PositiveRandom(FeatureMap):
         lengths = np.linalg.norm(rng.normal(size=gaussian.shape), axis=-1, keepdims=True)
         omega = (directions * lengths).reshape(num_heads, num_blocks * depth, depth)
         return np.swapaxes(omega[:, : self.num_features], 0, 1).astype("float32")
+
+    def widths(self, x, weights):
+        return 2 * [self.num_features]
 
     def features(self, x, weights):
         phi, log_scale = self.key_features(x, weights)

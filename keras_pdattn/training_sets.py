@@ -47,6 +47,10 @@ class TrainingSet(descriptions.Member):
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
 
+    #: Whether `select` makes fewer examples of the keys by taking means of them, which are
+    #: projected for less than the keys are.
+    takes_means = False
+
     def groups(self, num_heads):
         """Divides the heads into groups that share a training set.
 
@@ -205,6 +209,8 @@ class _PooledKeys(TrainingSet):
 
     scale: int
     reduction: str
+
+    takes_means = True
 
     def select(self, keys, queries):
         query_length = ops.shape(queries.x)[1]

@@ -44,6 +44,11 @@ def real(name, value, expected, accepts):
     return float(value)
 
 
+def dropout_rate(name, value):
+    """Returns `value` as a float if it is a share of entries that can be dropped."""
+    return real(name, value, "a number in [0, 1)", lambda rate: 0 <= rate < 1)
+
+
 def boolean(name, value):
     """Returns `value` if it is a Python bool."""
     if not isinstance(value, bool):

@@ -189,7 +189,7 @@ def test_the_primal_layer_is_the_dual_layer(monkeypatch, head, fit_intercept):
             regression.to_layer(dtype="float64"),
         )
         by_dual = backends.to_numpy(dual(QUERIES[np.newaxis]))[0]
-        monkeypatch.delattr("keras_pdattn.ops.kernels.dual_attention")
+        monkeypatch.delattr("keras_pdattn.feature_maps.dual_attention")
         monkeypatch.delattr("keras_pdattn.ops.states.primal_attention")
         output = backends.to_numpy(primal(QUERIES[np.newaxis]))[0]
         matrix = regression.weight_matrix

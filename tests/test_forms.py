@@ -12,7 +12,7 @@ from members import RANDOM
 from problems import assert_close
 
 from keras_pdattn import Primal, feature_maps, ops
-from keras_pdattn.ops import kernels, prefixes, states, windows
+from keras_pdattn.ops import prefixes, states, windows
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
 
 MAPS = {
@@ -226,10 +226,8 @@ def test_windows_within_windows_over_a_grid():
 def test_bands_are_taken_where_they_hold_fewer_pairs(monkeypatch, grid, size, has_bands):
     """On a narrow grid the slabs of boxes would reach far beyond its edges."""
     taken = []
-    attend = kernels.banded_attention
-    monkeypatch.setattr(
-        kernels, "banded_attention", lambda *args: taken.append(True) or attend(*args)
-    )
+    slabs = windows._Bands.slabs
+    monkeypatch.setattr(windows._Bands, "slabs", lambda *args: taken.append(True) or slabs(*args))
     length = 1000 if grid is None else grid[0] * grid[1]
     inputs = arrays(length, heads=1)
     primal = Primal(training_set=SlidingWindow(size))

@@ -359,7 +359,7 @@ class _Call:
         weights = feature_map.initial_weights(1, self.depth)
         num_features, width = 0, self.depth
         if feature_map.is_finite:
-            num_features, width = feature_map.widths(queries[:, :1], weights)
+            num_features, width = feature_map.widths(queries, weights)
         if feature_map.uses_primal_form(queries, examples, weights, self.with_scores):
             form, sizes = "states", (self.num_queries, num_examples, num_features, self.value_depth)
             stride = examples.stride

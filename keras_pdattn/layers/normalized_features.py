@@ -6,7 +6,6 @@ from keras import ops, tree
 from keras_pdattn import descriptions, primals
 from keras_pdattn.layers.primal_weights import PrimalWeights
 from keras_pdattn.ops.dtypes import widen
-from keras_pdattn.ops.kernels import share
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -136,4 +135,6 @@ class NormalizedFeatures(keras.layers.Layer):
             x = transform.apply(x, statistics, weights)
         features = ops.squeeze(self.primal.feature_map.query_features(x, map_weights), axis=2)
         total = ops.sum(features * ops.cast(self.normalizer, features.dtype), -1, keepdims=True)
-        return ops.cast(share(features, total), self.compute_dtype)
+        # Features that meet no key's are no example's.
+        total = ops.where(total == 0, float("inf"), total)
+        return ops.cast(features / total, self.compute_dtype)

@@ -8,6 +8,7 @@ from keras_pdattn.layers.masking import attach_mask, detached_masks
 from keras_pdattn.layers.primal_weights import PrimalWeights
 from keras_pdattn.ops import checks, masks
 from keras_pdattn.ops.axes import AttendedAxes
+from keras_pdattn.ops.projection import Projection
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -143,7 +144,7 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             validation.positive_int("sliding_window", sliding_window)
         if attention_axes is not None:
             validation.axes("attention_axes", attention_axes)
-        validation.real("dropout", dropout, "a number in [0, 1)", lambda value: 0 <= value < 1)
+        validation.dropout_rate("dropout", dropout)
         super().__init__(
             num_heads=num_heads,
             key_dim=key_dim,
@@ -258,21 +259,45 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         )
         with detached_masks(query, value, key):
             gate = self._gate_dense(query) if self._use_gate else None
-            projected = (self._query_dense(query), self._key_dense(key), self._value_dense(value))
+            query = self._query_dense(query)
+            if self._projects_means(use_causal_mask):
+                context["projections"] = self._projections()
+            else:
+                key, value = self._key_dense(key), self._value_dense(value)
         output, scores = self._compute_attention(
-            *projected, attention_mask, training, return_attention_scores, **context
+            query, key, value, attention_mask, training, return_attention_scores, **context
         )
         output = self._output_dense(output if gate is None else output * gate)
         if query_mask is not None:
             attach_mask(output, query_mask)
         return (output, scores) if return_attention_scores else output
 
+    def _projects_means(self, use_causal_mask):
+        """Whether keys and values are better projected once means are taken of them, and can be."""
+        if use_causal_mask or self._is_overridden() or self._activity_regularizer is not None:
+            return False
+        if not any(one.takes_means for _, one in self.primal.training_set.groups(self._num_heads)):
+            return False
+        return all(
+            type(dense) is keras.layers.EinsumDense
+            and dense.quantization_mode is None
+            and dense.compute_dtype == self.compute_dtype
+            for dense in (self._key_dense, self._value_dense)
+        )
+
+    def _projections(self):
+        return [
+            Projection(dense.kernel, dense.bias) for dense in (self._key_dense, self._value_dense)
+        ]
+
+    def _is_overridden(self):
+        return type(self)._compute_attention is not PrimalDualAttention._compute_attention
+
     def _visibility(
         self, query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
     ):
         """What limits each query: the mask that `_compute_attention` gets, and its keywords."""
-        overridden = type(self)._compute_attention is not PrimalDualAttention._compute_attention
-        if overridden and self.primal == primals.get("softmax"):
+        if self._is_overridden() and self.primal == primals.get("softmax"):
             # Written for Keras, it may know of one mask only, in which all are merged.
             merged = self._compute_attention_mask(
                 query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
@@ -301,6 +326,7 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         use_causal_mask=False,
         query_mask=None,
         key_mask=None,
+        projections=None,
     ):
         """Attention of projected queries, keys and values; the hook that Keras documents.
 
@@ -318,6 +344,8 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             use_causal_mask: as in `call`.
             query_mask: boolean `(batch, queries)`, for several axes flattened.
             key_mask: boolean `(batch, keys)`, likewise.
+            projections: those of keys and values, where `key` and `value` are the
+                layer's inputs yet; no subclass that overrides this gets them.
 
         Returns:
             `(output, scores)`; the scores are `None` unless asked for.
@@ -327,13 +355,11 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
                 attention_mask, query, value, self._num_heads
             )
 
-        def dropout(weights):
-            return self._dropout_layer(weights, training=training)
-
+        sequence = self._axes.to_sequence(value)
         result = ops.attention(
             self._axes.to_sequence(query),
-            self._axes.to_sequence(key),
-            self._axes.to_sequence(value),
+            sequence if key is value else self._axes.to_sequence(key),
+            sequence,
             self.primal,
             mask=attention_mask,
             key_mask=key_mask,
@@ -341,11 +367,13 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             query_mask=query_mask,
             sliding_window=self._sliding_window,
             weights=self._primal_weights.by_member,
-            dropout=dropout if self._dropout > 0 and training else None,
+            dropout=self._dropout if training else 0.0,
+            seed=getattr(self._dropout_layer, "seed_generator", None),
             return_scores=return_attention_scores,
             flash_attention=self._flash_attention,
             query_grid=self._axes.grid(query),
             key_grid=self._axes.grid(value),
+            projections=projections,
         )
         output, scores = result if return_attention_scores else (result, None)
         output = self._axes.from_sequence(output, query)

@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_pdattn import validation
 from keras_pdattn.ops import checks, masks
+from keras_pdattn.ops.dropout import Dropout
 from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.ops.indexing import zero_where_masked
 from keras_pdattn.ops.kernels import in_output_layout
@@ -24,11 +25,14 @@ def attention(
     query_mask=None,
     sliding_window=None,
     weights=None,
-    dropout=None,
+    dropout=0.0,
+    seed=None,
     return_scores=False,
     flash_attention=None,
     query_grid=None,
     key_grid=None,
+    form=None,
+    projections=None,
 ):
     r"""Solves a primal problem for queries, given keys and values.
 
@@ -68,13 +72,21 @@ def attention(
         weights: list with a dict of tensors for each transform of `primal` and
             one for its feature map, as their `build` returns them, or `None` for
             their initial values.
-        dropout: function that drops entries of the attention weights (with a
-            finite feature map, of the output), or `None`.
+        dropout: share of the attention weights (with a finite feature map, of the
+            output) that is dropped, in [0, 1).
+        seed: where there is dropout, an integer or a `keras.random.SeedGenerator`.
         return_scores: whether to return the weights of the keys too.
         flash_attention: as in `keras.ops.dot_product_attention`.
         query_grid: sizes of the axes that queries run over in raster order, or
             `None` for one axis. Windows are boxes on them.
         key_grid: the same for keys, with as many axes.
+        form: how pairs of a query and a key are worked where all of them are:
+            `"fused"` by the backend's kernel for softmax attention, `"whole"` all at
+            once, `"blocks"` a block of queries at a time, in memory that grows with
+            the keys and not the pairs; `None` for what is fastest here.
+        projections: a pair of `ops.projection.Projection`, if `key` and `value` are
+            inputs `(batch, keys, width)` that are yet to be projected by these.
+            Scaled heads project the means of inputs then, of which there are fewer.
 
     Returns:
         The output, `(batch, queries, heads, value_depth)`, in the dtype of
@@ -84,8 +96,8 @@ def attention(
 
     Raises:
         ValueError: if tensors are not floating point, shapes, grids or weights do
-            not fit, a mask is neither boolean nor made of 0 and 1, or `primal` has
-            no meaning for such a call.
+            not fit, a mask is neither boolean nor made of 0 and 1, dropout has no
+            seed, or `primal` or `form` has no meaning for such a call.
 
     Cost:
         That of the members of `primal`, which their documentation states.
@@ -111,34 +123,50 @@ def attention(
     primal = primals.get(primal)
     if sliding_window is not None:
         validation.positive_int("sliding_window", sliding_window)
+    checks.check_dropout(dropout, seed)
+    checks.check_form(form)
+    is_one = value is key
     query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     checks.check_tensors(query=query, key=key, value=value)
-    checks.check_shapes(query, key, value)
+    if projections is not None:
+        key, value = (ops.expand_dims(x, axis=2) for x in (key, value))
+    checks.check_shapes(query, key, value, projections)
     checks.check_grids(query.shape[1], key.shape[1], query_grid, key_grid)
     primal.check_call(1 if key_grid is None else len(key_grid), is_causal)
     num_heads, query_length = query.shape[2], ops.shape(query)[1]
     groups = primal.training_set.groups(num_heads)
     if 0 in (query.shape[0], query.shape[1], key.shape[1]):
-        return _nothing_to_see(query, value, return_scores)
+        depth = value.shape[3] if projections is None else projections[1].kernel.shape[2]
+        return _nothing_to_see(query, value, depth, return_scores)
     if query_mask is not None:
         query_mask = masks.padding("query_mask", query_mask, query)
     if key_mask is not None:
         key_mask = masks.padding("key_mask", key_mask, key)
         value = zero_where_masked(value, key_mask)
+        key = value if is_one else zero_where_masked(key, key_mask)
     if mask is not None:
         mask = masks.of_queries_and_keys("mask", mask, query, key)
     if weights is None:
-        shape = (num_heads, key.shape[3])
+        shape = (num_heads, query.shape[3])
         weights = [member.initial_weights(*shape) for member in primal.weighted_members]
     checks.check_weights(primal.weighted_members, weights)
 
     queries = Queries(query, query_mask, query_grid).zero_padding()
     keys = Examples.keys(
-        key, value, query_length, is_causal, mask=key_mask, visible=mask, grid=key_grid
-    ).zero_padding()
+        key,
+        key if is_one else value,
+        query_length,
+        is_causal,
+        mask=key_mask,
+        visible=mask,
+        grid=key_grid,
+        projections=projections,
+    )
     outputs, scores = [], []
     for heads, training_set in groups:
         its_keys = keys.of(heads)
+        if is_causal or not training_set.takes_means:
+            its_keys = its_keys.projected()
         if sliding_window is not None:
             training_set, its_keys = _within(sliding_window, training_set, its_keys, queries)
         solve = functools.partial(
@@ -146,9 +174,10 @@ def attention(
             primal=primal,
             training_set=training_set,
             weights=weights_of_heads(weights, heads),
-            dropout=dropout,
+            dropout=Dropout(dropout, seed) if dropout > 0 else None,
             return_scores=return_scores,
             flash_attention=flash_attention,
+            form=form,
         )
         if is_causal and not has_causal_form(primal, training_set, key_grid):
             is_pointwise = all(transform.is_pointwise for transform in primal.transform)
@@ -203,14 +232,15 @@ def _solve(
     dropout,
     return_scores,
     flash_attention,
+    form,
 ):
     """Solves the problem of one group of heads; returns output and scores (or `None`)."""
-    examples = training_set.select(keys, queries)
+    examples = training_set.select(keys, queries).projected()
     queries, transformed = transform(primal, queries, examples, weights)
     query = queries.asked_for()
     transformed = transformed.with_keys(functools.partial(ops.cast, dtype=query.dtype))
     output, example_weights, own_weights = primal.feature_map.attend(
-        query, transformed, weights[-1], dropout, return_scores, flash_attention
+        query, transformed, weights[-1], dropout, return_scores, flash_attention, form
     )
     scores = examples.spread(example_weights, own_weights) if return_scores else None
     return output, scores
@@ -239,10 +269,10 @@ def transform(primal, queries, examples, weights, exactly=False):
     return queries, examples
 
 
-def _nothing_to_see(query, value, return_scores):
+def _nothing_to_see(query, value, depth, return_scores):
     """The output, and scores, where there is no query or no key."""
     batch, length, num_heads, _ = ops.shape(query)
-    output = ops.zeros((batch, length, num_heads, value.shape[3]), dtype=value.dtype)
+    output = ops.zeros((batch, length, num_heads, depth), dtype=value.dtype)
     scores = ops.zeros((batch, num_heads, length, ops.shape(value)[1]), dtype=value.dtype)
     return (output, scores) if return_scores else output
 

@@ -4,7 +4,10 @@ import math
 
 import keras
 
+from keras_pdattn import validation
 from keras_pdattn.ops.masks import fits
+
+_FORMS = ("fused", "whole", "blocks")
 
 _SPARSE_OR_RAGGED = ("SparseTensor", "RaggedTensor", "IndexedSlices", "BCOO", "BCSR")
 
@@ -29,9 +32,17 @@ def _is_sparse_or_ragged(tensor):
     )
 
 
-def check_shapes(query, key, value):
-    """Raises a `ValueError` unless the shapes of projected tensors fit each other."""
+def check_shapes(query, key, value, projections=None):
+    """Raises a `ValueError` unless the shapes of tensors, once projected, fit each other."""
     shapes = {"query": query.shape, "key": key.shape, "value": value.shape}
+    for name, projection in zip(("key", "value"), projections or ()):
+        width, *heads_and_depth = projection.kernel.shape
+        if not fits(shapes[name][3:], (width,), exactly=True):
+            raise ValueError(
+                f"The projection of `{name}` takes inputs {width} wide. "
+                f"Received: {name}.shape={(*shapes[name][:2], *shapes[name][3:])}"
+            )
+        shapes[name] = (*shapes[name][:2], *heads_and_depth)
     received = ", ".join(f"{name}.shape={tuple(shape)}" for name, shape in shapes.items())
     if any(len(shape) != 4 for shape in shapes.values()):
         raise ValueError(
@@ -44,9 +55,10 @@ def check_shapes(query, key, value):
             f"`query`, `key` and `value` must have one batch size and one number of heads. "
             f"Received: {received}"
         )
-    if not fits(key.shape[:2], value.shape[:2], exactly=True):
+    query, key, value = shapes.values()
+    if not fits(key[:2], value[:2], exactly=True):
         raise ValueError(f"`key` and `value` must have one length. Received: {received}")
-    if not fits((query.shape[3],), (key.shape[3],), exactly=True):
+    if not fits(query[3:], key[3:], exactly=True):
         raise ValueError(f"`query` and `key` must have one depth. Received: {received}")
 
 
@@ -75,3 +87,20 @@ def check_weights(members, weights):
             "`weights` must hold a dict for each transform and one for the feature map, here "
             f"{len(members)} in all. Received: weights of length {len(weights)}"
         )
+
+
+def check_dropout(rate, seed):
+    """Raises a `ValueError` unless `rate` is one that `seed` suffices for."""
+    validation.dropout_rate("dropout", rate)
+    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
+    if rate > 0 and not (is_integer or isinstance(seed, keras.random.SeedGenerator)):
+        raise ValueError(
+            "Dropout needs a `seed`, an integer or a `keras.random.SeedGenerator`. "
+            f"Received: dropout={rate}, seed={seed!r}"
+        )
+
+
+def check_form(form):
+    """Raises a `ValueError` unless there is such a form."""
+    if form is not None and form not in _FORMS:
+        raise ValueError(f"`form` must be None or one of {_FORMS}. Received: form={form!r}")

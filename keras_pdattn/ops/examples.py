@@ -83,6 +83,9 @@ class Examples:
             `(B, H, T, S)`.
         log_scale: `(B, M, H)`, logarithms of factors that keys are to be
             multiplied by, too large or small to be; or `None`.
+        projections: a pair of `Projection`, for keys and for values, where `key` and
+            `value` are inputs `(B, M, 1, width)` that are yet to be projected; or
+            `None`.
     """
 
     key: Any
@@ -99,6 +102,7 @@ class Examples:
     own: Any = None
     spread: Callable = lambda weights, own_weights: weights
     log_scale: Any = None
+    projections: Any = None
 
     @classmethod
     def keys(cls, key, value, query_length, is_causal=False, **attributes):
@@ -124,9 +128,19 @@ class Examples:
         visible = self.visible
         if visible is not None and visible.shape[1] != 1:
             visible = visible[:, heads]
+        if self.projections is not None:
+            projections = [projection.of(heads) for projection in self.projections]
+            return dataclasses.replace(self, projections=projections, visible=visible)
         return dataclasses.replace(
             self, key=self.key[:, :, heads], value=self.value[:, :, heads], visible=visible
         )
+
+    def projected(self):
+        """The examples once `projections` are done."""
+        if self.projections is None:
+            return self
+        key, value = (f(x) for f, x in zip(self.projections, (self.key, self.value)))
+        return dataclasses.replace(self, key=key, value=value, projections=None).zero_padding()
 
     def with_keys(self, function):
         """Replaces every key by `function(key)`."""
@@ -160,6 +174,30 @@ class Examples:
         padding = None if self.mask is None else ops.expand_dims(self.mask, axis=(1, 2))
         near = None if self.window is None else self.window.visibility()
         return masks.intersect(masks.intersect(padding, near), self.visible)
+
+    def by_query(self):
+        """What differs from query to query: pairs of a tensor and its axis of queries, by name."""
+        found = {"limit": (self.limit, -1)}
+        if self.visible is not None and self.visible.shape[2] != 1:
+            found["visible"] = self.visible, -2
+        if self.window is not None:
+            found["position"] = self.window.position, -1
+        if self.own is not None:
+            found.update(own_mask=(self.own.mask, -1), own_visible=(self.own.visible, -1))
+        return {
+            name: (x, axis % len(x.shape)) for name, (x, axis) in found.items() if x is not None
+        }
+
+    def of_queries(self, by_query):
+        """The examples as some queries see them, with tensors of `by_query` for these alone."""
+        changes = {name: by_query[name] for name in ("limit", "visible") if name in by_query}
+        if self.window is not None:
+            changes["window"] = dataclasses.replace(self.window, position=by_query["position"])
+        if self.own is not None:
+            changes["own"] = dataclasses.replace(
+                self.own, mask=by_query.get("own_mask"), visible=by_query.get("own_visible")
+            )
+        return dataclasses.replace(self, **changes)
 
     def has_bands(self):
         """Whether a window leaves so little to each query that the rest need not be looked at."""

@@ -23,6 +23,11 @@ def append_axes(x, count):
     return x
 
 
+def swap_heads_and_time(x):
+    """Turns `(B, T, H, D)` into `(B, H, T, D)`, the layout of matrix products, or back."""
+    return ops.transpose(x, (0, 2, 1, 3))
+
+
 def zero_where_masked(x, mask):
     """Puts zero for what `mask`, `(batch, time)` or `None`, leaves out of `x`, however large."""
     if mask is None:
@@ -35,18 +40,24 @@ def first_valid(mask):
     return ops.cast(ops.argmax(ops.cast(mask, "int32"), axis=1), "int32")
 
 
-def fit_axis(x, axis, size, fill=0):
-    """Cuts `x` along `axis`, or adds `fill` behind, until it has `size` entries."""
-    shape = list(ops.shape(x))
+def fit_axis(x, axis, size, fill=0, front=0):
+    """Cuts `x` along `axis`, or adds `fill` behind, until it has `size` entries.
+
+    `front` more are added before these.
+    """
+    shape, behind = list(ops.shape(x)), None
     if isinstance(size, int) and x.shape[axis] is not None:
-        extra = size - x.shape[axis]
-        if extra == 0:
+        behind = size - x.shape[axis]
+        if behind < 0:
+            x, behind = x[(slice(None),) * axis + (slice(0, size),)], 0
+        if behind == front == 0:
             return x
-        shape[axis] = max(extra, 0)
-    else:
-        shape[axis] = size
-    x = ops.concatenate([x, ops.full(shape, fill, dtype=x.dtype)], axis=axis)
-    return x[(slice(None),) * axis + (slice(0, size),)]
+    shape[axis] = size if behind is None else behind
+    x = [x, ops.full(shape, fill, dtype=x.dtype)]
+    if front:
+        shape[axis] = front
+        x = [ops.full(shape, fill, dtype=x[0].dtype), *x]
+    return ops.concatenate(x, axis=axis)[(slice(None),) * axis + (slice(0, front + size),)]
 
 
 def split_axis(x, axis, size):

@@ -1,22 +1,38 @@
-"""The dual form: values weighted by a kernel that is normalised over what each query sees."""
+"""Kernels, normalised over what each query sees, and what each backend does best with them."""
 
-import dataclasses
+import functools
 
 import keras
 from keras import ops
 
-from keras_pdattn.ops.dtypes import exp_of_at_most_zero, is_double, widen
-from keras_pdattn.ops.windows import banded_attention
+from keras_pdattn.ops.dtypes import accumulator, exp_of_at_most_zero, is_double, widen
+from keras_pdattn.ops.indexing import append_axes
+
+#: The logarithm of a factor that leaves nothing.
+NOTHING = -1e30
 
 
 def masked_softmax(logits, log_scale=None, visible=None):
-    """Softmax over the last axis; a row that sees nothing is zero, with zero gradient."""
+    """Softmax over the last axis as `(weights, total)`, the weights not yet over their total.
+
+    The total is infinite in a row that sees nothing, which makes zeros of its weights,
+    and `None` where there is nothing left to divide by.
+    """
     if log_scale is not None:
         logits = logits + log_scale
-    if visible is None:
-        return _softmax(logits)
-    weights = _softmax(ops.where(visible, logits, -1e30))
-    return ops.where(visible, weights, 0.0)
+    if visible is not None:
+        logits = ops.where(visible, logits, NOTHING)
+    if keras.backend.backend() == "jax":
+        # To divide the output and not the weights saves XLA passes over all pairs.
+        largest = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
+        weights = ops.exp(logits - largest)
+        total = ops.sum(weights, axis=-1, keepdims=True)
+    else:
+        weights, total = _softmax(logits), None
+    if visible is not None:
+        sighted = ops.any(visible, axis=-1, keepdims=True)
+        total = ops.where(sighted, 1.0 if total is None else total, float("inf"))
+    return weights, total
 
 
 def _softmax(logits):
@@ -26,65 +42,37 @@ def _softmax(logits):
     return ops.softmax(logits, axis=-1)
 
 
-def masked_share(kernel, log_scale=None, visible=None):
-    """`kernel`, each key's times `exp(log_scale)`, over its sum along the last axis.
-
-    A row without any kernel is zero.
-    """
+def masked_kernel(kernel, log_scale=None, visible=None):
+    """`kernel`, each example's times `exp(log_scale)`, and its sum along the last axis."""
     if log_scale is not None:
-        seen = log_scale if visible is None else ops.where(visible, log_scale, -1e30)
+        seen = log_scale if visible is None else ops.where(visible, log_scale, NOTHING)
         largest = ops.stop_gradient(ops.max(seen, axis=-1, keepdims=True))
         kernel = kernel * exp_of_at_most_zero(log_scale - largest)
     if visible is not None:
         kernel = ops.where(visible, kernel, 0.0)
-    return share(kernel, ops.sum(kernel, axis=-1, keepdims=True))
+    return kernel, ops.sum(kernel, axis=-1, keepdims=True)
 
 
 def share(part, total):
-    """`part / total`; zero, with zero gradient, where the total is."""
-    is_zero = total == 0
-    return ops.where(is_zero, 0.0, part / ops.where(is_zero, 1.0, total))
+    """`part / total`; `part` itself where the total is zero, as `part` is then, or `None`."""
+    return part if total is None else part / ops.where(total == 0, 1.0, total)
 
 
-def dual_attention(query, examples, weigh, dropout=None, return_weights=True):
-    """Attention through its weights, one for each query and example that it may see.
+def weighted_sums(weights, total, dropout, multiply, dtype):
+    """Sums of values times weights, over the sum of all weights.
 
     Args:
-        query: vectors of the queries, `(B, T, H, F)`.
-        examples: `Examples` with vectors for keys, F wide; products of the two
-            give the kernel.
-        weigh: function from `(products, log_scale, visible)` to the weights:
-            `masked_softmax` or `masked_share`.
-        dropout: function applied to the weights, or `None`.
-        return_weights: whether the weights are wanted; in a window that they
-            are not, they are never written down for keys outside.
-
-    Returns:
-        `(output, weights, own_weights)`: `(B, T, H, Dv)`, and before dropout
-        `(B, H, T, M)` and `(B, H, T)` (`None` without own examples).
+        weights: tensor `(..., queries, examples)`.
+        total: their sum, `(..., queries, 1)`; or `None` if that is 1.
+        dropout: function that drops entries of a tensor, or `None`.
+        multiply: function from weights to the sums of values that these weigh.
+        dtype: that of the values.
     """
-    query, dtype = widen(query), examples.value.dtype
-    examples = examples.with_keys(widen)
-    examples = dataclasses.replace(examples, value=for_products(examples.value))
-    own = examples.own
-    if examples.has_bands() and not return_weights:
-        output = banded_attention(query, examples, weigh, dropout)
-        return ops.cast(output, dtype), None, None
-    products = ops.einsum("bthd,bmhd->bhtm", query, examples.key)
-    visible, log_scale = examples.visibility(), examples.log_scale
-    if log_scale is not None:
-        log_scale = ops.expand_dims(ops.transpose(log_scale, (0, 2, 1)), axis=2)
-    if own is not None:
-        products, log_scale, visible = _append_own(products, log_scale, visible, query, own)
-    weights = weigh(products, log_scale, visible)
+    if accumulator(dtype) != keras.backend.standardize_dtype(dtype):
+        # Sums of what is not normalised may be beyond the range of 16 bits.
+        weights, total = share(weights, total), None
     kept = weights if dropout is None else dropout(weights)
-    kept = ops.cast(kept, examples.value.dtype)
-    if own is None:
-        output = ops.einsum("bhtm,bmhd->bthd", kept, examples.value)
-        return ops.cast(output, dtype), weights, None
-    output = ops.einsum("bhtm,bmhd->bthd", kept[..., :-1], examples.value)
-    output = output + ops.einsum("bht,bthd->bthd", kept[..., -1], for_products(own.value))
-    return ops.cast(output, dtype), weights[..., :-1], weights[..., -1]
+    return share(multiply(ops.cast(kept, dtype)), total)
 
 
 def for_products(x):
@@ -93,39 +81,30 @@ def for_products(x):
     TensorFlow, and XLA on a CPU, add up 16-bit products in 16 bits: long sums
     stall, and on TensorFlow scores overflow float16 before they are scaled.
     """
-    return x if keras.backend.backend() == "torch" else widen(x)
+    return x if keras.backend.backend() == "torch" or _jax_runs_on_gpu() else widen(x)
 
 
-def _append_own(products, log_scale, visible, query, own):
-    """Adds the column of each query's own example."""
-    own_products = ops.einsum("bthd,bthd->bht", query, own.key)
-    lead = ops.shape(own_products)
-
-    def append(x, column, default):
-        if x is None and column is None:
-            return None
-        x = default if x is None else x
-        column = default[..., 0] if column is None else column
-        x = ops.broadcast_to(x, lead + (ops.shape(products)[-1],))
-        column = ops.expand_dims(ops.broadcast_to(column, lead), axis=-1)
-        return ops.concatenate([x, column], axis=-1)
-
-    everything = ops.ones((1, 1, 1, 1), dtype="bool")
-    own_scale = None
-    if own.log_scale is not None:
-        own_scale = ops.transpose(own.log_scale, (0, 2, 1))
-    return (
-        append(products, own_products, None),
-        append(log_scale, own_scale, None),
-        append(visible, own.visibility(), everything),
-    )
+@functools.cache
+def _jax_runs_on_gpu():
+    if keras.backend.backend() != "jax":
+        return False
+    return not keras.distribution.list_devices()[0].startswith("cpu")
 
 
-def has_fused_softmax(key, value):
-    """Whether the backend's kernel takes these depths and keeps this dtype."""
+def can_fuse(key, value):
+    """Whether the backend's op for softmax attention takes these depths and keeps this dtype."""
     if is_double(value.dtype):
         return False
     return keras.backend.backend() != "jax" or key.shape[-1] == value.shape[-1]
+
+
+def has_kernel(dtype):
+    """Whether that op is a kernel that writes down no weights, and so the fastest.
+
+    It is on torch, and for 16 bits on JAX on a GPU.
+    """
+    is_narrow = accumulator(dtype) != keras.backend.standardize_dtype(dtype)
+    return keras.backend.backend() == "torch" or (_jax_runs_on_gpu() and is_narrow)
 
 
 def fused_softmax_attention(query, examples, scale, flash_attention=None):
@@ -163,4 +142,4 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
 
 def in_output_layout(rows):
     """Turns `(B, H, T)` into `(B, T, H, 1)`, the layout of outputs."""
-    return ops.expand_dims(ops.transpose(rows, (0, 2, 1)), axis=-1)
+    return append_axes(ops.transpose(rows, (0, 2, 1)), 1)

@@ -39,16 +39,19 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         a transform may yet take a large mean off them.
     """
     windows = Windows.over(keys, scale, reduction)
-    key, value = windows.align(keys.key), windows.align(keys.value)
+    key = windows.align(keys.key)
+    value = key if keys.value is keys.key else windows.align(keys.value)
     visible = None if keys.visible is None else windows.align_last(keys.visible)
+    mean = windows.mean(key)
     pooled = Examples(
-        key=windows.mean(key),
-        value=ops.cast(windows.mean(value), value.dtype),
+        key=mean,
+        value=ops.cast(mean if value is key else windows.mean(value), value.dtype),
         mask=None if keys.mask is None else windows.counts() > 0,
         is_prefix=keys.is_prefix,
         visible=None if visible is None else windows.whole(visible),
         grid=windows.grid,
         spread=lambda weights, _: windows.spread(weights),
+        projections=keys.projections,
     )
     if not keys.is_causal:
         return pooled
@@ -90,6 +93,7 @@ class Windows:
             two are the same.
         step: integer `(S,)` or `(B, S)`, the step of each key, negative in
             front of the first window; or `None`.
+        has_all_keys: whether keys and steps are the same, and every key is a member.
     """
 
     size: int
@@ -99,6 +103,7 @@ class Windows:
     start: Any = None
     position: Any = None
     step: Any = None
+    has_all_keys: bool = False
 
     @classmethod
     def over(cls, keys, scale, reduction):
@@ -112,7 +117,8 @@ class Windows:
         num_steps = math.prod(counts) * window_size
         if keys.grid is None and keys.mask is None:
             member = ops.arange(num_steps, dtype="int32") < length
-            windows = cls(window_size, ops.expand_dims(ops.cast(member, dtype), axis=0), length)
+            member = ops.expand_dims(ops.cast(member, dtype), axis=0)
+            windows = cls(window_size, member, length, has_all_keys=True)
         else:
             starts = _first_coordinates(keys)
             position, inside = _positions(num_steps, sizes, counts, scale, starts)
@@ -129,7 +135,9 @@ class Windows:
             )
         if reduction == "first":
             is_first = ops.cast(windows.running_counts() == 1, dtype)
-            windows = dataclasses.replace(windows, member=windows.member * is_first)
+            windows = dataclasses.replace(
+                windows, member=windows.member * is_first, has_all_keys=False
+            )
         return windows
 
     @property
@@ -173,7 +181,9 @@ class Windows:
 
     def _members(self, x):
         """`x`, wide enough to be summed, zero where it is no member."""
-        return ops.cast(x, self.member.dtype) * append_axes(self.member, 2)
+        x = ops.cast(x, self.member.dtype)
+        # Without padding `align` put zeros where there is no key.
+        return x if self.has_all_keys else x * append_axes(self.member, 2)
 
     def steps(self, query_length):
         """The step of each query, `(T,)` or `(B, T)`, for one axis."""

@@ -1,8 +1,8 @@
 """The primal form of a finite feature map: the weight matrix W, as a state that queries read.
 
 Time grows with the length, not its square. The matrix of one head is the sum of
-`features x (values, 1)` over its training set, the last column being the
-normaliser h. A causal query reads the state before its chunk of keys, and meets
+`features x values` over its training set; a further column, with ones for values, gives
+the normaliser h. A causal query reads the state before its chunk of keys, and meets
 the keys of the chunk itself in the dual form.
 """
 
@@ -88,23 +88,25 @@ def primal_attention(query, examples):
     Returns:
         The output, `(B, T, H, Dv)`, in the dtype of the value.
     """
-    value = _with_normaliser(examples.value)
     key = zero_where_masked(examples.key, examples.mask)
     log_scale = examples.log_scale
     if log_scale is not None and examples.mask is not None:
         log_scale = ops.where(append_axes(examples.mask, 1), log_scale, UNSEEN)
     if examples.is_causal:
+        value = _with_normaliser(examples.value)
         both, log_factor = _causal_sums(query, key, value, log_scale, examples)
         if examples.own is not None:
             both = _add_own(both, log_factor, query, examples.own)
+        output, total = both[..., :-1], both[..., -1:]
     else:
         if log_scale is not None:
             largest = ops.stop_gradient(ops.max(log_scale, axis=1, keepdims=True))
             key = key * append_axes(ops.exp(log_scale - largest), 1)
-        state = ops.einsum("bmhf,bmhd->bhfd", key, value)
-        both = ops.einsum("bthf,bhfd->bthd", query, state)
-    output = share(both[..., :-1], both[..., -1:])
-    return ops.cast(output, examples.value.dtype)
+        state = ops.einsum("bmhf,bmhd->bhfd", key, widen(examples.value))
+        output = ops.einsum("bthf,bhfd->bthd", query, state)
+        total = ops.einsum("bthf,bhf->bth", query, ops.sum(key, axis=1))
+        total = ops.expand_dims(total, axis=-1)
+    return ops.cast(share(output, total), examples.value.dtype)
 
 
 def _causal_sums(query, key, value, log_scale, examples):

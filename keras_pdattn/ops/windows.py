@@ -143,70 +143,67 @@ class Window:
         return all(isinstance(size, int) for row in rows for size in row) and rows[0] == rows[1]
 
 
-def banded_attention(query, examples, weigh, dropout=None):
+def banded_attention(query, examples, attend):
     """Attention of each query over the band of keys its window cuts out.
 
-    Time and memory grow with queries times the width of a band; no tensor has
+    Every block of queries, with the slab of keys that it reaches, is a sequence of its
+    own. Time and memory grow with queries times the width of a band; no tensor has
     an axis of queries and one of all keys.
 
     Args:
         query: vectors of the queries, `(B, T, H, F)`.
         examples: `Examples` with a `window`, and with vectors for keys.
-        weigh: function from `(products, log_scale, visible)` to weights.
-        dropout: function applied to the weights, or `None`.
+        attend: function from queries `(b, t, H, F)` and `Examples` that only `visible`
+            limits to outputs `(b, t, H, Dv)`.
 
     Returns:
-        The output, `(B, T, H, Dv)`, in the dtype of the value.
+        The output, `(B, T, H, Dv)`.
     """
-    window, value, is_causal = examples.window, examples.value, examples.is_causal
-    bands = _Bands(window, ops.shape(query)[1], is_causal)
-    valid = window.valid
-    if window.global_tokens:
-        is_global = window.is_global()
-        valid = ops.logical_and(valid, ops.logical_not(is_global))
-    blocks = bands.blocks(query)
-    products = ops.einsum("bnqhf,bnkhf->bhnqk", blocks, bands.slabs(examples.key))
-    visible = ops.logical_and(
-        ops.expand_dims(bands.slabs(valid), axis=(1, 3)), ops.convert_to_tensor(bands.near())
+    window = examples.window
+    bands = _Bands(window, ops.shape(query)[1], examples.is_causal)
+    tokens = _GlobalTokens.of(window, examples) if window.global_tokens else None
+
+    def slabs(name):
+        x = getattr(examples, name)
+        if x is None:
+            return None
+        x = bands.slabs(x)
+        if tokens is not None:
+            x = _append(x, ops.expand_dims(getattr(tokens, name), axis=1), axis=2)
+        return join_axes(x, 0)
+
+    batch, visible = ops.shape(query)[0], bands.visibility()
+    visible = ops.broadcast_to(visible, (batch, *ops.shape(visible)[1:]))
+    if tokens is not None:
+        visible = _append(visible, tokens.visibility(bands), axis=3)
+    visible = ops.expand_dims(join_axes(visible, 0), axis=1)
+    in_slabs = _seen_by(
+        visible, examples, key=slabs("key"), value=slabs("value"), log_scale=slabs("log_scale")
     )
-    log_scale = examples.log_scale
-    if log_scale is not None:
-        log_scale = ops.transpose(bands.slabs(log_scale), (0, 3, 1, 2))
-        log_scale = ops.expand_dims(log_scale, axis=3)
-    if window.global_tokens:
-        tokens = _GlobalTokens.of(window, examples)
-        extra = ops.einsum("bnqhf,bghf->bhnqg", blocks, tokens.key)
-        products = ops.concatenate([products, extra], axis=-1)
-        seen = ops.expand_dims(tokens.exists, axis=(1, 2, 3))
-        token = ops.expand_dims(tokens.position, axis=(1, 2, 3))
-        position = ops.expand_dims(ops.arange(ops.shape(query)[1], dtype="int32"), axis=0)
-        position = ops.expand_dims(bands.blocks(position), axis=(1, 4))
-        seen = masks.intersect(seen, window.within_reach(position, token))
-        if is_causal:
-            seen = masks.intersect(seen, token <= position)
-        visible = _join(visible, seen, products)
-        if log_scale is not None:
-            extra = ops.expand_dims(ops.transpose(tokens.log_scale, (0, 2, 1)), axis=(2, 3))
-            log_scale = _join(log_scale, extra, products[:, :, :, :1])
-    weights = weigh(products, log_scale, visible)
-    weights = weights if dropout is None else dropout(weights)
-    weights = ops.cast(weights, value.dtype)
-    width = bands.width
-    output = ops.einsum("bhnqk,bnkhd->bnqhd", weights[..., :width], bands.slabs(value))
-    if window.global_tokens:
-        output = output + ops.einsum("bhnqg,bghd->bnqhd", weights[..., width:], tokens.value)
-    output = bands.unblock(output)
-    if window.global_tokens:
-        output = tokens.answer(output, query, examples, weigh, dropout)
-    return output
+    output = attend(join_axes(bands.blocks(query), 0), in_slabs)
+    output = bands.unblock(output, batch)
+    return output if tokens is None else tokens.answer(output, query, examples, attend)
 
 
-def _join(first, second, like):
-    """Concatenates along the last axis, all other axes broadcast to those of `like`."""
-    lead = tuple(ops.shape(like)[:-1])
-    return ops.concatenate(
-        [ops.broadcast_to(x, lead + (ops.shape(x)[-1],)) for x in (first, second)], axis=-1
+def _seen_by(visible, examples, **tensors):
+    """`examples` with other tensors, of which `visible` alone says who sees them."""
+    return dataclasses.replace(
+        examples,
+        mask=None,
+        limit=None,
+        is_triangular=False,
+        visible=visible,
+        window=None,
+        grid=None,
+        **tensors,
     )
+
+
+def _append(x, other, axis):
+    """Concatenates `other`, broadcast to the other axes of `x`, behind `x` along `axis`."""
+    shape = list(ops.shape(x))
+    shape[axis] = ops.shape(other)[axis]
+    return ops.concatenate([x, ops.broadcast_to(other, shape)], axis=axis)
 
 
 class _Bands:
@@ -242,8 +239,19 @@ class _Bands:
         """The number of keys in a slab."""
         return math.prod(self.block + self.reach + self.ahead(a) for a in range(self.num_axes))
 
-    def near(self):
-        """Boolean `(block, slab)`, True where a query of a block sees a key of its slab."""
+    def visibility(self):
+        """Boolean `(B or 1, N, block, slab)`: which query of a block sees which key of its slab.
+
+        Of global tokens, none is seen as one of a slab.
+        """
+        valid = self.window.valid
+        if self.window.global_tokens:
+            valid = ops.logical_and(valid, ops.logical_not(self.window.is_global()))
+        valid = ops.expand_dims(self.slabs(valid), axis=2)
+        return ops.logical_and(valid, ops.convert_to_tensor(self._near()))
+
+    def _near(self):
+        """`visibility` in any slab of valid keys, `(block, slab)`."""
         differences = []
         for axis in range(self.num_axes):
             query = np.arange(self.block)
@@ -264,55 +272,55 @@ class _Bands:
 
     def blocks(self, x):
         """Cuts `(B, T, *rest)` into `(B, N, block, *rest)`."""
-        x = self._classes(to_grid(x, self.window.query_grid), self.num_blocks)
-        return self._gather(x, [self.block] * self.num_axes)
+        x = to_grid(x, self.window.query_grid)
+        for axis, count in enumerate(self.num_blocks):
+            x = fit_axis(x, 1 + axis, count * self.block * self.window.dilation)
+        return self._gather(self._classes(x), [self.block] * self.num_axes)
 
     def slabs(self, x):
         """Cuts `(B, S, *rest)` into `(B, N, slab, *rest)`, zeros beyond the ends."""
-        counts = [count + self._blocks_ahead(axis) for axis, count in enumerate(self.num_blocks)]
-        x = self._classes(to_grid(x, self.window.key_grid), counts)
-        widths = []
+        x, step = to_grid(x, self.window.key_grid), self.block * self.window.dilation
+        before = -(-self.reach // self.block)
+        for axis, count in enumerate(self.num_blocks):
+            size = (count + -(-self.ahead(axis) // self.block)) * step
+            x = fit_axis(x, 1 + axis, size, front=before * step)
+        x = self._classes(x)
         for axis in range(self.num_axes):
-            x = self._overlap(x, axis)
-            widths.append(self.block + self.reach + self.ahead(axis))
+            x = self._overlap(x, axis, before)
+        widths = [self.block + self.reach + self.ahead(axis) for axis in range(self.num_axes)]
         return self._gather(x, widths)
 
-    def _blocks_ahead(self, axis):
-        return -(-self.ahead(axis) // self.block)
-
-    def _classes(self, x, counts):
+    def _classes(self, x):
         """Turns `(B, *grid, *rest)` into `(B, classes, *(count * block), *rest)`."""
-        dilation, block = self.window.dilation, self.block
-        for axis, count in enumerate(counts):
-            x = fit_axis(x, 1 + axis, count * block * dilation)
+        dilation = self.window.dilation
         if dilation == 1:
             return ops.expand_dims(x, axis=1)
         shape = ops.shape(x)
-        batch, rest = shape[0], tuple(shape[1 + self.num_axes :])
-        split = tuple(size for count in counts for size in (count * block, dilation))
-        x = ops.reshape(x, (batch,) + split + rest)
+        batch, grid, rest = shape[0], shape[1 : 1 + self.num_axes], shape[1 + self.num_axes :]
+        sizes = tuple(size // dilation for size in grid)
+        split = tuple(part for size in sizes for part in (size, dilation))
+        x = ops.reshape(x, (batch,) + split + tuple(rest))
         inner = list(range(1, 1 + 2 * self.num_axes))
         tail = list(range(1 + 2 * self.num_axes, len(x.shape)))
         x = ops.transpose(x, [0] + inner[1::2] + inner[::2] + tail)
-        sizes = tuple(count * block for count in counts)
-        return ops.reshape(x, (batch, dilation**self.num_axes) + sizes + rest)
+        return ops.reshape(x, (batch, dilation**self.num_axes) + sizes + tuple(rest))
 
-    def _overlap(self, x, axis):
-        """Repeats along a grid axis what neighbouring blocks share: n blocks become n slabs."""
-        block, ahead = self.block, self.ahead(axis)
-        before, after = -(-self.reach // block), self._blocks_ahead(axis)
+    def _overlap(self, x, axis, before):
+        """Repeats along a grid axis what neighbouring blocks share: blocks become slabs."""
+        count, ahead = self.num_blocks[axis], self.ahead(axis)
+        # From the first block to the last: how much of each a slab takes in.
+        sizes = [self.reach - (before - 1) * self.block] + [self.block] * (before - 1)
+        sizes = [*(sizes if before else []), self.block]
+        while ahead > 0:
+            sizes.append(min(ahead, self.block))
+            ahead -= self.block
         axis = axis + 2
-        if before:
-            pads = [[0, 0]] * axis + [[before * block, 0]] + [[0, 0]] * (len(x.shape) - axis - 1)
-            x = ops.pad(x, pads)
-        x = split_axis(x, axis, block)
-        lead = (slice(None),) * axis
-        steps = before + after
-        shifted = [x[lead + (slice(t, t - steps or None),)] for t in range(steps + 1)]
-        x = ops.concatenate(shifted, axis=axis + 1) if steps else x
-        trim = (before * block - self.reach, ahead - after * block)
-        x = x[lead + (slice(None), slice(trim[0], trim[1] or None))]
-        return join_axes(x, axis)
+        x, lead = split_axis(x, axis, self.block), (slice(None),) * axis
+        parts = []
+        for index, size in enumerate(sizes):
+            within = slice(self.block - size, None) if index < before else slice(0, size)
+            parts.append(x[lead + (slice(index, index + count), within)])
+        return join_axes(ops.concatenate(parts, axis=axis + 1), axis)
 
     def _gather(self, x, widths):
         """Turns `(B, classes, *(n * width), *rest)` into `(B, N, prod(widths), *rest)`."""
@@ -328,11 +336,10 @@ class _Bands:
         count = shape[1] * math.prod(self.num_blocks)
         return ops.reshape(x, (shape[0], count, math.prod(widths)) + rest)
 
-    def unblock(self, x):
-        """Undoes `blocks`."""
+    def unblock(self, x, batch):
+        """Undoes `blocks` for `x`, `(B * N, block, *rest)`."""
         dilation, axes = self.window.dilation, self.num_axes
-        shape = ops.shape(x)
-        batch, rest = shape[0], tuple(shape[3:])
+        rest = tuple(ops.shape(x)[2:])
         x = ops.reshape(
             x,
             (batch,) + (dilation,) * axes + tuple(self.num_blocks) + (self.block,) * axes + rest,
@@ -383,26 +390,28 @@ class _GlobalTokens:
             position, exists, take(examples.key), take(examples.value), take(examples.log_scale)
         )
 
-    def answer(self, output, query, examples, weigh, dropout):
+    def visibility(self, bands):
+        """Boolean `(B or 1, N or 1, block or 1, g)`: which query of a block sees which token."""
+        window, seen = bands.window, ops.expand_dims(self.exists, axis=(1, 2))
+        token = ops.expand_dims(self.position, axis=(1, 2))
+        position = ops.expand_dims(bands.blocks(ops.expand_dims(window.position, 0)), axis=-1)
+        seen = masks.intersect(seen, window.within_reach(position, token))
+        if bands.is_causal:
+            seen = masks.intersect(seen, token <= position)
+        return seen
+
+    def answer(self, output, query, examples, attend):
         """Puts the outputs of queries that stand on global tokens, which see all, in place."""
         window = examples.window
         last = ops.shape(query)[1] - 1
         index = ops.broadcast_to(self.position, ops.shape(self.key)[:2])
         asked = take_along_time(query, ops.minimum(index, last))
-        products = ops.einsum("bghf,bshf->bhgs", asked, examples.key)
         visible = ops.expand_dims(window.valid, axis=1)
         key, position = ops.arange(window.key_length, dtype="int32"), append_axes(self.position, 1)
         visible = masks.intersect(visible, window.within_reach(position, key))
         if examples.is_causal:
             visible = masks.intersect(visible, key <= position)
-        visible = ops.expand_dims(visible, axis=1)
-        log_scale = examples.log_scale
-        if log_scale is not None:
-            log_scale = ops.expand_dims(ops.transpose(log_scale, (0, 2, 1)), axis=2)
-        weights = weigh(products, log_scale, visible)
-        weights = weights if dropout is None else dropout(weights)
-        weights = ops.cast(weights, examples.value.dtype)
-        answers = ops.einsum("bhgs,bshd->bghd", weights, examples.value)
+        answers = attend(asked, _seen_by(ops.expand_dims(visible, axis=1), examples))
         is_global = window.at_queries(window.is_global(), window.position)
         rank = ops.minimum(window.rank(), window.global_tokens - 1)
         rank = window.at_queries(rank, window.position)

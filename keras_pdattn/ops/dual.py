@@ -1,0 +1,190 @@
+"""The dual form: attention through the weights of all pairs of a query and an example."""
+
+import dataclasses
+from typing import Any
+
+from keras import ops
+
+from keras_pdattn.ops.blocks import map_blocks
+from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.indexing import swap_heads_and_time
+from keras_pdattn.ops.kernels import for_products, share, weighted_sums
+from keras_pdattn.ops.windows import banded_attention
+
+#: Up to how many weights are held at once, those of all heads; and the least and the most
+#: queries that share a block. Chosen by `benchmarks/blocks.py`.
+MOST_WEIGHTS = 2**21
+LEAST_BLOCK, MOST_BLOCK = 32, 256
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Operands:
+    """What matrix products of the dual form are made of, heads first.
+
+    Attributes:
+        query: `(B, H, T, F)`.
+        key: `(B, H, M, F)`.
+        value: `(B, H, M, Dv)`.
+        log_scale: `(B, H, 1, M)`, or `None`.
+        own_key: `(B, H, T, F)`; `None` without own examples, as those below.
+        own_value: `(B, H, T, Dv)`.
+        own_log_scale: `(B, H, T)`, or `None`.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    log_scale: Any = None
+    own_key: Any = None
+    own_value: Any = None
+    own_log_scale: Any = None
+
+    #: Those with an entry for each query.
+    OF_QUERIES = ("query", "own_key", "own_value", "own_log_scale")
+
+    @classmethod
+    def of(cls, query, examples):
+        """From vectors of the queries, `(B, T, H, F)`, and `Examples` with vectors for keys."""
+        examples = examples.with_keys(widen)
+        log_scale, own = examples.log_scale, examples.own
+        operands = cls(
+            query=swap_heads_and_time(widen(query)),
+            key=swap_heads_and_time(examples.key),
+            value=swap_heads_and_time(for_products(examples.value)),
+            log_scale=None if log_scale is None else _row(log_scale),
+        )
+        if own is None:
+            return operands
+        log_scale = own.log_scale
+        return dataclasses.replace(
+            operands,
+            own_key=swap_heads_and_time(own.key),
+            own_value=swap_heads_and_time(for_products(own.value)),
+            own_log_scale=None if log_scale is None else ops.transpose(log_scale, (0, 2, 1)),
+        )
+
+    def tensors(self):
+        """Those there are, by name."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return {name: x for name, x in found.items() if x is not None}
+
+    def weigh(self, examples, weigh):
+        """Weights, `(B, H, T, M)` and a column for own examples behind, and their total."""
+        products = ops.einsum("bhtf,bhmf->bhtm", self.query, self.key)
+        log_scale, visible = self.log_scale, examples.visibility()
+        if self.own_key is not None:
+            products, log_scale, visible = self._append_own(products, visible, examples.own)
+        return weigh(products, log_scale, visible)
+
+    def weighted_values(self, weights, total, dropout=None):
+        """Values weighted by weights over their total, `(B, H, T, Dv)`."""
+
+        def multiply(weights):
+            if self.own_key is None:
+                return ops.einsum("bhtm,bhmd->bhtd", weights, self.value)
+            output = ops.einsum("bhtm,bhmd->bhtd", weights[..., :-1], self.value)
+            return output + weights[..., -1:] * self.own_value
+
+        return weighted_sums(weights, total, dropout, multiply, self.value.dtype)
+
+    def _append_own(self, products, visible, own):
+        """Adds the column of each query's own example."""
+        lead = ops.shape(products)[:-1]
+
+        def append(x, column, default=None):
+            if x is None and column is None:
+                return None
+            x = default if x is None else x
+            column = default[..., 0] if column is None else column
+            x = ops.broadcast_to(x, lead + (ops.shape(products)[-1],))
+            column = ops.expand_dims(ops.broadcast_to(column, lead), axis=-1)
+            return ops.concatenate([x, column], axis=-1)
+
+        everything = ops.ones((1, 1, 1, 1), dtype="bool")
+        return (
+            append(products, ops.sum(self.query * self.own_key, axis=-1)),
+            append(self.log_scale, self.own_log_scale),
+            append(visible, own.visibility(), everything),
+        )
+
+
+def _row(log_scale):
+    """Turns `(B, M, H)` into `(B, H, 1, M)`."""
+    return ops.expand_dims(ops.transpose(log_scale, (0, 2, 1)), axis=2)
+
+
+def dual_attention(query, examples, weigh, dropout=None, return_weights=True, form=None):
+    """Attention through its weights, one for each query and example that it may see.
+
+    Args:
+        query: vectors of the queries, `(B, T, H, F)`.
+        examples: `Examples` with vectors for keys, F wide; products of the two
+            give the kernel.
+        weigh: function from `(products, log_scale, visible)` to `(weights, total)`:
+            `masked_softmax` or `masked_kernel`.
+        dropout: `Dropout` of the weights, or `None`.
+        return_weights: whether the weights are wanted. If not, they are never
+            written down for keys outside of a window.
+        form: `"whole"` to write down all weights at once, `"blocks"` those of a block of
+            queries at a time; `None` for what `dual_form` says.
+
+    Returns:
+        `(output, weights, own_weights)`: `(B, T, H, Dv)`, and before dropout
+        `(B, H, T, M)` and `(B, H, T)` (`None` without own examples).
+    """
+    if form is None and examples.has_bands() and not return_weights:
+
+        def attend(query, examples):
+            return dual_attention(query, examples, weigh, dropout, False, form="whole")[0]
+
+        return banded_attention(query, examples, attend), None, None
+    dtype = examples.value.dtype
+    operands = Operands.of(query, examples)
+    form = form or dual_form(query.shape, examples.key.shape[1])
+    if form == "blocks" and not return_weights:
+        output = _attend_in_blocks(operands, examples, weigh, dropout)
+        return ops.cast(swap_heads_and_time(output), dtype), None, None
+    weights, total = operands.weigh(examples, weigh)
+    output = operands.weighted_values(weights, total, dropout)
+    output = ops.cast(swap_heads_and_time(output), dtype)
+    if not return_weights:
+        return output, None, None
+    weights = share(weights, total)
+    if examples.own is None:
+        return output, weights, None
+    return output, weights[..., :-1], weights[..., -1]
+
+
+def _attend_in_blocks(operands, examples, weigh, dropout):
+    """The output, `(B, H, T, Dv)`, for one block of queries after the other."""
+    tensors = operands.tensors()
+    by_query = {name: (tensors.pop(name), 2) for name in Operands.OF_QUERIES if name in tensors}
+    names = (*tensors, *by_query)
+    by_query.update(examples.by_query())
+
+    def attend(tensors, index):
+        of_block = Operands(**{name: tensors.pop(name) for name in names})
+        its_dropout = None if dropout is None else dropout.of_block(index)
+        weights, total = of_block.weigh(examples.of_queries(tensors), weigh)
+        return of_block.weighted_values(weights, total, its_dropout)
+
+    length = ops.shape(operands.query)[2]
+    block = block_size(operands.query.shape[:2], operands.key.shape[2])
+    return map_blocks(attend, tensors, by_query, length, block)
+
+
+def block_size(batch_and_heads, num_examples):
+    """How many queries share a block: a power of two."""
+    of_query = num_examples or MOST_WEIGHTS
+    for size in batch_and_heads:
+        of_query *= size or 1
+    most = min(max(MOST_WEIGHTS // max(of_query, 1), LEAST_BLOCK), MOST_BLOCK)
+    return 2 ** (most.bit_length() - 1)
+
+
+def dual_form(query_shape, num_examples):
+    """Whether to write down weights `"whole"` or in `"blocks"`, `query_shape` as `(B, T, H, F)`."""
+    batch, length, num_heads, _ = query_shape
+    if length is not None and length <= 2 * block_size((batch, num_heads), num_examples):
+        return "whole"
+    return "blocks"
