@@ -1,16 +1,18 @@
-"""Layers as a user would compile them: jit on JAX and TensorFlow, eager on torch."""
+"""Layers as a user would compile them: jit on JAX and TensorFlow, eager or compiled on torch."""
 
 import keras
 
 
-def forward_of(layer, **call):
+def forward_of(layer, compiles_torch=False, **call):
     """The layer as self-attention of `x`, compiled; `call` are its other call arguments."""
     if keras.backend.backend() == "torch":
         import torch
 
+        solve = torch.compile(layer) if compiles_torch else layer
+
         def forward(x):
             with torch.no_grad():
-                return layer(x, x, **call)
+                return solve(x, x, **call)
 
         return forward
     if keras.backend.backend() == "jax":
@@ -26,19 +28,21 @@ def forward_of(layer, **call):
     )
 
 
-def training_of(layer, **call):
-    """Loss and its gradients with respect to inputs and weights, compiled."""
+def training_of(layer, compiles_torch=False, **call):
+    """Gradients of a loss with respect to inputs and weights, compiled."""
 
-    def loss(x):
-        return keras.ops.mean(keras.ops.square(layer(x, x, **call)))
+    def loss_of(solve, x):
+        return keras.ops.mean(keras.ops.square(solve(x, x, **call)))
 
     if keras.backend.backend() == "torch":
         import torch
 
+        solve = torch.compile(layer) if compiles_torch else layer
+
         def step(x):
             x = x.detach().requires_grad_()
             variables = [weight.value for weight in layer.trainable_weights]
-            return torch.autograd.grad(loss(x), [x, *variables])[0]
+            return torch.autograd.grad(loss_of(solve, x), [x, *variables])[0]
 
         return step
     if keras.backend.backend() == "jax":
@@ -52,14 +56,27 @@ def training_of(layer, **call):
 
         gradients = jax.jit(jax.grad(stateless_loss, argnums=(0, 1)))
         variables = [weight.value for weight in layer.trainable_variables]
-        return lambda x: gradients(variables, x)[1]
+
+        def step(x):
+            of_weights, of_x = gradients(variables, x)
+            return jax.block_until_ready((of_x, of_weights))[0]
+
+        return step
     import tensorflow as tf
 
     @tf.function(jit_compile=True, reduce_retracing=False)
-    def step(x):
+    def gradients(x):
         with tf.GradientTape() as tape:
             tape.watch(x)
-            value = loss(x)
-        return tape.gradient(value, [x, *(w.value for w in layer.trainable_weights)])[0]
+            loss = loss_of(layer, x)
+        return tape.gradient(loss, [x, *(weight.value for weight in layer.trainable_weights)])
 
-    return step
+    return lambda x: gradients(x)[0]
+
+
+PASSES = {"forward": forward_of, "training step": training_of}
+
+
+def wait(result):
+    """Returns when `result` is there, which JAX promises only."""
+    keras.ops.convert_to_numpy(keras.ops.cast(result[:, -1:], "float32"))

@@ -7,10 +7,8 @@ exponent is the slope of log time over log length; 1 is linear.
     KERAS_BACKEND=jax python -m benchmarks.scaling
 """
 
-import json
 import resource
 import time
-from pathlib import Path
 
 import keras
 import numpy as np
@@ -18,11 +16,10 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks import machine
+from benchmarks import results
 from benchmarks.compiled import forward_of, training_of
 from keras_pdattn import layers
 
-RESULTS = Path(__file__).parent / "results"
 FORWARD = [4096, 8192, 16384, 32768, 65536, 131072]
 TRAINING = [4096, 8192, 16384, 32768]
 LAYERS = {
@@ -70,28 +67,21 @@ def measure(name, lengths, make):
 
 
 def main():
-    results = {
+    rows = {
         name: {
             "forward": measure(name, FORWARD, forward_of),
             "forward and backward": measure(name, TRAINING, training_of),
         }
         for name in LAYERS
     }
-    backend = keras.backend.backend()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    report = {
-        "machine": machine.describe(),
-        "peak_memory_gib": round(peak, 2),
-        "results": results,
-    }
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"scaling_{backend}.json").write_text(json.dumps(report, indent=2) + "\n")
-    table = Table(title=f"Seconds by length on {backend}")
+    results.write("scaling", {"peak_memory_gib": round(peak, 2), "results": rows})
+    table = Table(title=f"Seconds by length on {keras.backend.backend()}")
     table.add_column("layer")
     for length in FORWARD:
         table.add_column(f"{length:,}", justify="right")
     table.add_column("exponent", justify="right")
-    for name, passes in results.items():
+    for name, passes in rows.items():
         for which, result in passes.items():
             row = [f"{result['seconds'].get(length, np.nan):.3f}" for length in FORWARD]
             row = ["" if cell == "nan" else cell for cell in row]

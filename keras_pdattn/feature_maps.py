@@ -154,7 +154,8 @@ class FeatureMap(descriptions.WeightedMember):
                 "`flash_attention=True` and `form='fused'` need the softmax feature map. "
                 f"Received: feature_map={self!r}, flash_attention={flash_attention}, form={form!r}"
             )
-        query, examples = widen(query), examples.with_keys(widen)
+        query, examples = kernels.heads_apart(widen(query)), examples.with_keys(_widen_apart)
+        examples = dataclasses.replace(examples, value=kernels.heads_apart(examples.value))
         if form is None and self.uses_primal_form(query, examples, weights, return_weights):
             query = self.query_features(query, weights)
             examples = examples.with_scaled_keys(lambda key: self.key_features(key, weights))
@@ -185,6 +186,10 @@ class FeatureMap(descriptions.WeightedMember):
             function(x[:, :1], weights).shape[-1]
             for function in (self.query_features, self.dual_query)
         ]
+
+
+def _widen_apart(key):
+    return kernels.heads_apart(widen(key))
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

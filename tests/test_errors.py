@@ -6,6 +6,7 @@ import pytest
 
 from keras_pdattn import layers, ops, transforms
 from keras_pdattn.layers import PrimalDualAttention
+from keras_pdattn.ops.projection import Projection
 
 
 def array(*shape, dtype="float32"):
@@ -225,3 +226,24 @@ def test_ops_with_weights_of_another_primal():
     x = array(2, 6, 2, 4)
     with pytest.raises(ValueError, match="here 2 in all. Received: weights of length 1"):
         ops.attention(x, x, x, "conv1d", weights=[{}])
+
+
+def test_ops_with_dropout_or_forms_that_cannot_be():
+    x = array(2, 6, 2, 4)
+    with pytest.raises(ValueError, match="Dropout needs a `seed`.*Received: dropout=0.1, seed=No"):
+        ops.attention(x, x, x, "softmax", dropout=0.1)
+    with pytest.raises(ValueError, match=r"argument `dropout`.*\[0, 1\). Received: dropout=1.0"):
+        ops.attention(x, x, x, "softmax", dropout=1.0, seed=1)
+    with pytest.raises(ValueError, match="`form` must be.*Received: form='flash'"):
+        ops.attention(x, x, x, "softmax", form="flash")
+    with pytest.raises(ValueError, match="need the softmax feature map.*form='fused'"):
+        ops.attention(x, x, x, "linear", form="fused")
+    with pytest.raises(ValueError, match="can't be kept.*form='fused'"):
+        ops.attention(x, x, x, "softmax", form="fused", return_scores=True)
+
+
+def test_ops_with_projections_of_another_width():
+    query, inputs = array(2, 6, 4, 3), array(2, 6, 5)
+    projection = Projection(array(7, 4, 3))
+    with pytest.raises(ValueError, match=r"projection of `key` takes inputs 7 wide.*\(2, 6, 5\)"):
+        ops.attention(query, inputs, inputs, "softmax", projections=(projection, projection))

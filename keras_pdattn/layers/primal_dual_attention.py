@@ -3,12 +3,11 @@
 import keras
 
 from keras_pdattn import descriptions, ops, primals, validation
-from keras_pdattn.layers import input_checks
+from keras_pdattn.layers import input_checks, projections
 from keras_pdattn.layers.masking import attach_mask, detached_masks
 from keras_pdattn.layers.primal_weights import PrimalWeights
 from keras_pdattn.ops import checks, masks
 from keras_pdattn.ops.axes import AttendedAxes
-from keras_pdattn.ops.projection import Projection
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -258,37 +257,35 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
         )
         with detached_masks(query, value, key):
-            gate = self._gate_dense(query) if self._use_gate else None
-            query = self._query_dense(query)
+            gate = self._project(self._gate_dense, query) if self._use_gate else None
+            query = self._project(self._query_dense, query)
             if self._projects_means(use_causal_mask):
-                context["projections"] = self._projections()
+                context["projections"] = [
+                    projections.projection(dense) for dense in (self._key_dense, self._value_dense)
+                ]
             else:
-                key, value = self._key_dense(key), self._value_dense(value)
+                key = self._project(self._key_dense, key)
+                value = self._project(self._value_dense, value)
         output, scores = self._compute_attention(
             query, key, value, attention_mask, training, return_attention_scores, **context
         )
-        output = self._output_dense(output if gate is None else output * gate)
+        output = self._project(self._output_dense, output if gate is None else output * gate)
         if query_mask is not None:
             attach_mask(output, query_mask)
         return (output, scores) if return_attention_scores else output
 
+    def _project(self, dense, x):
+        return projections.project(dense, x, self.compute_dtype)
+
     def _projects_means(self, use_causal_mask):
         """Whether keys and values are better projected once means are taken of them, and can be."""
-        if use_causal_mask or self._is_overridden() or self._activity_regularizer is not None:
+        if use_causal_mask or self._is_overridden():
             return False
-        if not any(one.takes_means for _, one in self.primal.training_set.groups(self._num_heads)):
-            return False
-        return all(
-            type(dense) is keras.layers.EinsumDense
-            and dense.quantization_mode is None
-            and dense.compute_dtype == self.compute_dtype
+        training_sets = [one for _, one in self.primal.training_set.groups(self._num_heads)]
+        return any(one.takes_means for one in training_sets) and all(
+            projections.is_plain(dense, self.compute_dtype)
             for dense in (self._key_dense, self._value_dense)
         )
-
-    def _projections(self):
-        return [
-            Projection(dense.kernel, dense.bias) for dense in (self._key_dense, self._value_dense)
-        ]
 
     def _is_overridden(self):
         return type(self)._compute_attention is not PrimalDualAttention._compute_attention

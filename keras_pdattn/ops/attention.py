@@ -74,7 +74,8 @@ def attention(
             their initial values.
         dropout: share of the attention weights (with a finite feature map, of the
             output) that is dropped, in [0, 1).
-        seed: where there is dropout, an integer or a `keras.random.SeedGenerator`.
+        seed: where there is dropout, an integer in [0, 2**31) or a
+            `keras.random.SeedGenerator`.
         return_scores: whether to return the weights of the keys too.
         flash_attention: as in `keras.ops.dot_product_attention`.
         query_grid: sizes of the axes that queries run over in raster order, or

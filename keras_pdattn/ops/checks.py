@@ -92,10 +92,10 @@ def check_weights(members, weights):
 def check_dropout(rate, seed):
     """Raises a `ValueError` unless `rate` is one that `seed` suffices for."""
     validation.dropout_rate("dropout", rate)
-    is_integer = isinstance(seed, int) and not isinstance(seed, bool)
-    if rate > 0 and not (is_integer or isinstance(seed, keras.random.SeedGenerator)):
+    is_natural = isinstance(seed, int) and not isinstance(seed, bool) and 0 <= seed < 2**31
+    if rate > 0 and not (is_natural or isinstance(seed, keras.random.SeedGenerator)):
         raise ValueError(
-            "Dropout needs a `seed`, an integer or a `keras.random.SeedGenerator`. "
+            "Dropout needs a `seed`, an integer in [0, 2**31) or a `keras.random.SeedGenerator`. "
             f"Received: dropout={rate}, seed={seed!r}"
         )
 

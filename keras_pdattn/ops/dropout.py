@@ -15,12 +15,16 @@ class Dropout:
 
     Args:
         rate: share of entries to drop, in (0, 1).
-        seed: an integer or a `keras.random.SeedGenerator`.
+        seed: a non-negative integer or a `keras.random.SeedGenerator`.
     """
 
     def __init__(self, rate, seed):
         self.rate, self.seed = rate, seed
-        if isinstance(seed, keras.random.SeedGenerator) and not _draws_by_itself(seed):
+        if not isinstance(seed, keras.random.SeedGenerator):
+            # As Keras makes a seed of an integer.
+            dtype = "int32" if keras.backend.backend() == "torch" else "uint32"
+            self.seed = _Given(ops.convert_to_tensor([seed, 0], dtype=dtype))
+        elif not (isinstance(seed, _Given) or _draws_by_itself(seed)):
             self.seed = _Given(seed.next())
 
     def __call__(self, x):
@@ -30,9 +34,10 @@ class Dropout:
         """The dropout of a block of queries."""
         if not isinstance(self.seed, _Given):
             return self
-        first, second = self.seed.value[:1], self.seed.value[1:]
-        first = first + ops.cast(index, first.dtype) * _STRIDE
-        return type(self)(self.rate, _Given(ops.concatenate([first, second])))
+        stride = ops.convert_to_tensor([_STRIDE, 0], dtype=self.seed.value.dtype)
+        return type(self)(
+            self.rate, _Given(self.seed.value + ops.cast(index, stride.dtype) * stride)
+        )
 
 
 def _draws_by_itself(seed):

@@ -84,6 +84,17 @@ def for_products(x):
     return x if keras.backend.backend() == "torch" or _jax_runs_on_gpu() else widen(x)
 
 
+def heads_apart(x):
+    """`x`, `(B, T, H, D)`, with the numbers of one head together in memory, on torch.
+
+    Its products are of one head, and what they give is laid out like that. Elementwise
+    operations on two tensors laid out differently take several times as long.
+    """
+    if keras.backend.backend() != "torch":
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
 @functools.cache
 def _jax_runs_on_gpu():
     if keras.backend.backend() != "jax":

@@ -8,7 +8,7 @@ from keras import ops
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Projection:
-    """x W + b, for each head.
+    """x W + b, for each head, of tensors.
 
     Attributes:
         kernel: `(width, heads, depth)`.
@@ -25,6 +25,5 @@ class Projection:
 
     def __call__(self, x):
         """Turns inputs `(batch, time, 1, width)` into `(batch, time, heads, depth)`."""
-        kernel = ops.convert_to_tensor(self.kernel)
-        x = ops.einsum("bmic,chd->bmhd", ops.cast(x, kernel.dtype), kernel)
+        x = ops.einsum("bmc,chd->bmhd", ops.cast(x[:, :, 0], self.kernel.dtype), self.kernel)
         return x if self.bias is None else x + self.bias

@@ -232,12 +232,12 @@ class _Bands:
     @property
     def num_queries(self):
         """The number of queries, and of what fills up their blocks."""
-        return math.prod(n * self.block * self.window.dilation for n in self.num_blocks)
+        return math.prod([n * self.block * self.window.dilation for n in self.num_blocks])
 
     @property
     def width(self):
         """The number of keys in a slab."""
-        return math.prod(self.block + self.reach + self.ahead(a) for a in range(self.num_axes))
+        return math.prod([self.block + self.reach + self.ahead(a) for a in range(self.num_axes)])
 
     def visibility(self):
         """Boolean `(B or 1, N, block, slab)`: which query of a block sees which key of its slab.

@@ -1,0 +1,39 @@
+"""The projections of an attention layer, at the cost of their formula alone."""
+
+import keras
+from keras import ops
+
+from keras_pdattn.ops.projection import Projection
+
+
+def project(dense, x, compute_dtype):
+    """`dense(x)`; where that is nothing but `x W + b`, without what else `__call__` looks after.
+
+    On short sequences that is a third of an attention layer's time.
+    """
+    return dense.call(x) if is_plain(dense, compute_dtype) else dense(x)
+
+
+def projection(dense):
+    """What a plain `dense` computes, for `ops.attention` to do when it has fewer inputs."""
+    bias = None if dense.bias is None else ops.convert_to_tensor(dense.bias)
+    return Projection(ops.convert_to_tensor(dense.kernel), bias)
+
+
+def is_plain(dense, compute_dtype):
+    """Whether calling `dense` inside a layer of `compute_dtype` does nothing beyond its formula.
+
+    It does where it is quantised, regularises its output, is worked again in the
+    backward pass, is watched by hooks of torch, or lays out tensors over devices.
+    """
+    return (
+        type(dense) is keras.layers.EinsumDense
+        and dense.quantization_mode is None
+        and dense.activity_regularizer is None
+        and dense.compute_dtype == compute_dtype
+        and not any(getattr(dense, name, None) for name in ("_remat_mode", *_TORCH_HOOKS))
+        and keras.distribution.distribution() is None
+    )
+
+
+_TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -1,0 +1,294 @@
+"""All pairs at once, in blocks of queries, and by the backend's kernel: one result, less memory.
+
+And what goes with blocks: dropout whose draws a backward pass repeats, means that are taken
+before projections, one trace for each shape.
+"""
+
+import math
+
+import backends
+import keras
+import numpy as np
+import pytest
+from members import MEMBERS
+from problems import assert_close
+from test_forms import arrays, check_same, value_and_gradients
+
+from keras_pdattn import Primal, layers, ops, primals
+from keras_pdattn.ops import dual
+from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
+
+#: Members that work through the weights of all pairs.
+DUAL = [
+    Primal(),
+    Primal(transform="batch_norm"),
+    Primal(training_set=ScaledHeads((1, 3))),
+    Primal("taylor"),
+    Primal("positive_random", training_set=ScaledHeads((1, 3))),
+    Primal(training_set=SlidingWindow(9, 2, 1)),
+]
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 8 queries, so that short sequences take several."""
+    monkeypatch.setattr(dual, "LEAST_BLOCK", 8)
+    monkeypatch.setattr(dual, "MOST_BLOCK", 8)
+
+
+def masks_of(kind, query_length, key_length):
+    rng = np.random.default_rng(2)
+    if kind == "padded":
+        key_mask = rng.random((2, key_length)) < 0.7
+        key_mask[1, :4] = False
+        return {"key_mask": key_mask, "query_mask": rng.random((2, query_length)) < 0.8}
+    if kind == "masked":
+        return {"mask": rng.random((2, 1, query_length, key_length)) < 0.8}
+    if kind == "by head":
+        return {"mask": rng.random((1, 2, query_length, key_length)) < 0.8}
+    return {}
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "masked", "by head"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+@pytest.mark.parametrize("primal", DUAL, ids=lambda primal: str(primal)[:60])
+def test_blocks_are_the_whole(small_blocks, primal, is_causal, kind):
+    """Outputs and gradients, whatever limits each query; the last block is ragged."""
+    inputs = arrays(21, 18, batch=2)
+    options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
+    whole, blocks = (
+        value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", "blocks")
+    )
+    # A prefix of one key has no spread, and gradients of batch norm of a thousand.
+    check_same(blocks, whole, tolerance=5e-5)
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 64])
+def test_blocks_of_any_length(small_blocks, length):
+    inputs = arrays(length, batch=2)
+    for is_causal in (False, True):
+        whole, blocks = (
+            value_and_gradients(Primal(), inputs, form=form, is_causal=is_causal)
+            for form in ("whole", "blocks")
+        )
+        check_same(blocks, whole)
+
+
+@pytest.mark.parametrize("kind", ["plain", "padded", "masked"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_the_kernel_of_the_backend(is_causal, kind):
+    inputs = arrays(21, 18, batch=2)
+    options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
+    whole, fused = (
+        value_and_gradients(Primal(), inputs, form=form, **options) for form in ("whole", "fused")
+    )
+    check_same(fused, whole)
+
+
+def test_long_sequences_take_blocks_or_a_kernel():
+    """The choice is made from lengths; a short sequence is not cut up."""
+    assert dual.dual_form((1, 64, 8, 32), 64) == "whole"
+    assert dual.dual_form((1, 4096, 8, 32), 4096) == "blocks"
+    assert dual.dual_form((None, None, 8, 32), None) == "blocks"
+    for num_examples in (1, 64, 4096, 10**6, None):
+        size = dual.block_size((1, 8), num_examples)
+        assert dual.LEAST_BLOCK <= size <= dual.MOST_BLOCK
+        assert math.log2(size).is_integer()
+
+
+@pytest.mark.skipif(backends.BACKEND != "jax", reason="shapes of all tensors are seen by JAX alone")
+@pytest.mark.parametrize("primal", ["softmax", "batch_norm", "scaled_head", "sliding_window"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_no_tensor_has_all_pairs(primal, is_causal):
+    """Forward and backward, with padding, dropout and causality, at 2,048 tokens."""
+    import jax
+
+    inputs, key_mask = arrays(2048, heads=4), np.arange(2048)[None] < 2000
+
+    def loss(*tensors):
+        options = {"key_mask": key_mask, "is_causal": is_causal, "dropout": 0.1, "seed": 1}
+        return keras.ops.sum(ops.attention(*tensors, primal, **options))
+
+    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*inputs)
+    assert largest_tensor(jaxpr.jaxpr) < 2048 * 2048
+
+
+def largest_tensor(jaxpr):
+    """The most entries of any tensor that a traced function makes."""
+    largest = 0
+    for equation in jaxpr.eqns:
+        for made in equation.outvars:
+            largest = max(largest, math.prod(getattr(made.aval, "shape", ())))
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else [value]:
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    largest = max(largest, largest_tensor(inner))
+    return largest
+
+
+RATE = 0.3
+
+
+def attend_with_dropout(inputs, form, seed):
+    @backends.jitted
+    def attention(*tensors):
+        return ops.attention(*tensors, "softmax", form=form, dropout=RATE, seed=seed)
+
+    return backends.to_numpy(attention(*inputs))
+
+
+@pytest.mark.parametrize("form", ["whole", "blocks"])
+def test_dropout_of_weights(small_blocks, form):
+    """Of the stated share, unbiased, of each block anew, and the same for the same seed."""
+    query, key, _ = arrays(64, heads=4)
+    # With equal weights and one-hot values an output tells which weights were kept.
+    inputs = [0 * query, 0 * key, np.broadcast_to(np.eye(64)[None, :, None], (1, 64, 4, 64))]
+    inputs[2] = inputs[2].astype("float32")
+    weights = attend_with_dropout(inputs, form, seed=3) * 64
+    kept = weights > 0.5
+    assert abs(1 - kept.mean() - RATE) < 0.02
+    assert_close(weights[kept], 1 / (1 - RATE), 1e-4)
+    assert_close(weights[~kept], 0, 1e-6)
+    rows = kept.reshape(-1, 64)
+    assert len(np.unique(rows, axis=0)) == len(rows)
+    assert_close(attend_with_dropout(inputs, form, seed=3) * 64, weights, 1e-5)
+    assert np.abs(attend_with_dropout(inputs, form, seed=4) * 64 - weights).max() > 1
+
+
+@pytest.mark.parametrize("form", ["whole", "blocks"])
+@pytest.mark.parametrize("seed", [3, None], ids=["seeded", "unseeded"])
+def test_the_gradient_drops_what_the_output_did(small_blocks, form, seed):
+    """The output is linear in the values: their gradient gives it back."""
+    query, key, value = arrays(24, heads=2)
+    if seed is None:
+        # As layers have them, drawn anew at each call: the two below are one call.
+        seed = keras.random.SeedGenerator()
+        state = keras.ops.convert_to_numpy(seed.state).copy()
+
+    def restart():
+        keras.utils.set_random_seed(0)
+        if isinstance(seed, keras.random.SeedGenerator):
+            seed.state.assign(state)
+
+    def loss(value):
+        return keras.ops.sum(
+            ops.attention(query, key, value, "softmax", form=form, dropout=RATE, seed=seed)[:, -1]
+        )
+
+    restart()
+    expected = float(backends.to_numpy(loss(keras.ops.convert_to_tensor(value))))
+    restart()
+    (gradient,) = eager_gradients(loss, value)
+    assert_close((gradient * value).sum(), expected, 1e-4)
+
+
+def eager_gradients(function, array):
+    """As `backends.gradients`, the seed's state being no part of a compiled function."""
+    if backends.BACKEND == "jax":
+        import jax
+
+        with keras.StatelessScope():
+            return [np.asarray(jax.grad(function)(array))]
+    return backends.gradients(function, [array])
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_layers_train_with_dropout_in_blocks(small_blocks, member):
+    """Under the compiler that `fit` takes, with padding and a causal mask."""
+    inputs = keras.Input((None, 12))
+    x = keras.layers.Masking()(inputs)
+    layer = layers.PrimalDualAttention(4, 6, primal=member.primal, dropout=0.2, seed=1)
+    model = keras.Model(inputs, layer(x, x, use_causal_mask=True))
+    model.compile("sgd", "mse")
+    data = np.random.default_rng(0).normal(size=(2, 37, 12)).astype("float32")
+    data[:, 30:] = 0
+    history = model.fit(data, data, epochs=2, verbose=0)
+    assert np.isfinite(history.history["loss"]).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "first"])
+@pytest.mark.parametrize("primal", ["softmax", "batch_norm", "conv1d", "linear"])
+def test_means_may_come_before_projections(monkeypatch, primal, reduction):
+    """Averages of projected keys are projections of averages, padding and all."""
+    part = primals.get(primal)
+    primal = Primal(part.feature_map, part.transform, ScaledHeads((1, 2, 5), reduction))
+    rng = np.random.default_rng(0)
+    query, value, key = (rng.normal(size=(2, n, 10)).astype("float32") for n in (9, 23, 23))
+    value_mask = rng.random((2, 23)) < 0.7
+    value_mask[0, :6] = False
+    layer = layers.PrimalDualAttention(
+        4, 6, value_dim=5, primal=primal, bias_initializer="glorot_uniform"
+    )
+    layer.build(query.shape, value.shape)
+    for arguments in ((query, value), (query, value, key)):
+        for options in ({}, {"value_mask": value_mask}, {"return_attention_scores": True}):
+            first = layer(*arguments, **options)
+            with monkeypatch.context() as patch:
+                patch.setattr(type(layer), "_projects_means", lambda self, causal: False)
+                second = layer(*arguments, **options)
+            if not isinstance(first, tuple):
+                first, second = (first,), (second,)
+            for one, other in zip(first, second):
+                assert_close(backends.to_numpy(one), backends.to_numpy(other), 1e-5)
+
+
+def test_projections_are_called_where_they_are_more_than_their_formula():
+    """Regularised, quantised, adapted and watched ones keep what is theirs."""
+    x = np.random.default_rng(0).normal(size=(2, 9, 16)).astype("float32")
+    regularised = layers.ScaledHeadAttention(4, 4, activity_regularizer=keras.regularizers.L2(0.1))
+    regularised(x, x)
+    assert len(regularised.losses) >= 4
+
+    for cls in (layers.PrimalDualAttention, layers.ScaledHeadAttention):
+        adapted = cls(4, 4)
+        plain = backends.to_numpy(adapted(x, x))
+        for dense in (adapted.query_dense, adapted.key_dense, adapted.value_dense):
+            dense.enable_lora(2)
+            dense.lora_kernel_b.assign(0.3 * np.ones(dense.lora_kernel_b.shape, "float32"))
+        changed = backends.to_numpy(adapted(x, x))
+        assert np.abs(changed - plain).max() > 1e-2
+        quantised = cls(4, 4)
+        plain = backends.to_numpy(quantised(x, x))
+        for dense in (quantised.key_dense, quantised.value_dense):
+            dense.quantize("int8")
+        error = np.abs(backends.to_numpy(quantised(x, x)) - plain).max()
+        assert 0 < error < 0.1
+
+
+@pytest.mark.skipif(backends.BACKEND != "torch", reason="hooks are torch's")
+def test_hooks_of_projections_are_called():
+    x = np.random.default_rng(0).normal(size=(2, 9, 16)).astype("float32")
+    for layer in (layers.PrimalDualAttention(4, 4), layers.ScaledHeadAttention(4, 4)):
+        plain, seen = backends.to_numpy(layer(x, x)), []
+        hook = layer.key_dense.register_forward_hook(lambda *args, seen=seen: seen.append(True))
+        assert_close(backends.to_numpy(layer(x, x)), plain, 1e-5)
+        assert seen
+        hook.remove()
+
+
+@pytest.mark.parametrize("primal", ["softmax", "batch_norm", "scaled_head", "sliding_window"])
+def test_one_trace_for_each_shape(primal):
+    """D4: twenty calls of two lengths trace twice; torch's compiler finds one graph."""
+    layer = layers.PrimalDualAttention(4, 4, primal=primal)
+    layer.build((None, None, 16), (None, None, 16))
+    traced = []
+
+    def call(x):
+        traced.append(x.shape)
+        return layer(x, x, use_causal_mask=True)
+
+    rng = np.random.default_rng(0)
+    shapes = [(2, 40, 16), (2, 72, 16)] * 10
+    inputs = [keras.ops.convert_to_tensor(rng.normal(size=s).astype("float32")) for s in shapes]
+    if backends.BACKEND == "torch":
+        import torch
+
+        torch._dynamo.reset()
+        explained = torch._dynamo.explain(lambda x: layer(x, x, use_causal_mask=True))(inputs[0])
+        assert explained.graph_break_count == 0, explained.break_reasons
+        return
+    compiled = backends.compiled(call)
+    for x in inputs:
+        compiled(x)
+    assert len(traced) <= 2
