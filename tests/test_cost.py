@@ -98,8 +98,12 @@ def test_hand_counts(arguments, input_shape, is_causal, expected):
     assert not layer.built
     query_shape, value_shape = input_shape if isinstance(input_shape, list) else [input_shape] * 2
     depths = 3, arguments.get("value_dim", 3)
-    projections = np.prod(query_shape) * 2 * sum(depths) + np.prod(value_shape) * 2 * sum(depths)
-    assert cost.layers[0].projections == projections
+    layer_cost, projections = cost.layers[0], np.prod(query_shape) * 2 * sum(depths)
+    for head in layer_cost.heads:
+        # Means of inputs are fewer than keys; causally each query has one of its own.
+        projected = layer_cost.keys if is_causal else head.examples
+        projections += np.prod(value_shape) // layer_cost.keys * projected * sum(depths)
+    assert layer_cost.projections == projections
     layer.build(query_shape, value_shape)
     assert analysis.cost(layer, input_shape, use_causal_mask=is_causal).attention == expected
     assert cost.parameters == layer.count_params()
@@ -111,7 +115,7 @@ def test_bytes_by_hand():
     one_head = (5 + 5) * (3 + 3) * 4 + 5 * 5 * 4
     output = 5 * 12 * 4
     assert analysis.cost(layer_of("softmax"), shape(1, 5)).activation_bytes == 2 * one_head + output
-    pooled = one_head - 5 * 5 * 4 + 3 * (3 + 3) * 4 + 5 * 3 * 4
+    pooled = (5 + 3) * (3 + 3) * 4 + 5 * 3 * 4
     cost = analysis.cost(layer_of(ScaledHeads((1, 2))), shape(1, 5)).layers[0]
     assert [head.activation_bytes for head in cost.heads] == [one_head, pooled]
     assert [head.examples for head in cost.heads] == [5, 3]

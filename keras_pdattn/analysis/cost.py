@@ -138,7 +138,7 @@ def cost(
 
     Counted are multiply-adds of matrix products and convolutions, as the forms that
     the layers would choose take them: padded blocks of a window, chunks of a causal
-    state, what a mask hides. For \(T\) queries, \(M\) examples, depth \(D\), values of
+    state, what a mask hides; of scaled heads the projections of means. For \(T\) queries, \(M\) examples, depth \(D\), values of
     depth \(D_v\) and \(F\) features, a head takes
 
     | form | multiply-adds |
@@ -277,11 +277,14 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         with_scores,
         layer._sliding_window if is_ours else None,
         layer._use_gate,
+        is_ours and layer._projects_means(is_causal),
         layer.compute_dtype,
     )
-    heads = []
+    heads, num_projected = [], 0
     for group, training_set in call.primal.training_set.groups(layer.num_heads):
-        heads += [call.head(training_set)] * (group.stop - group.start)
+        head, count = call.head(training_set), group.stop - group.start
+        heads += [head] * count
+        num_projected += count * (head.examples if call.means_first(training_set) else num_keys)
     heads = [
         dataclasses.replace(
             head,
@@ -297,6 +300,7 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         sum(math.prod(dense.kernel.shape) for dense in denses)
         for denses in (of_queries, [layer.key_dense, layer.value_dense])
     )
+    of_keys = num_projected * per_key // layer.num_heads
     output = rows * num_queries * math.prod(layer.output_dense.kernel.shape[2:])
     return LayerCost(
         name=layer.path,
@@ -304,7 +308,7 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         queries=num_queries,
         keys=num_keys,
         heads=tuple(heads),
-        projections=rows * (num_queries * per_query + num_keys * per_key),
+        projections=rows * (num_queries * per_query + of_keys),
         parameters=sum(math.prod(weight.shape) for weight in layer.weights),
         parameter_bytes=sum(
             math.prod(weight.shape) * _itemsize(weight.dtype) for weight in layer.weights
@@ -329,7 +333,12 @@ class _Call:
     with_scores: bool
     sliding_window: int | None
     has_gate: bool
+    projects_means: bool
     dtype: str
+
+    def means_first(self, training_set):
+        """Whether means of inputs are taken first, and projected then."""
+        return self.projects_means and training_set.takes_means
 
     def head(self, training_set):
         """The cost of a head that is fitted on `training_set`."""
@@ -378,7 +387,8 @@ class _Call:
             multiply_adds += written * (width + self.value_depth)
             num_features = width if feature_map.is_finite else 0
         pooled = 0 if num_examples == self.num_keys else num_examples + num_own
-        kept = (self.num_queries + self.num_keys + pooled) * (self.depth + self.value_depth)
+        keys = pooled if self.means_first(training_set) else self.num_keys + pooled
+        kept = (self.num_queries + keys) * (self.depth + self.value_depth)
         kept += self.has_gate * self.num_queries * self.value_depth
         wide = written + (self.num_queries + num_examples + num_own) * num_features
         return HeadCost(

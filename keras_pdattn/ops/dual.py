@@ -13,7 +13,7 @@ from keras_pdattn.ops.windows import banded_attention
 
 #: Up to how many weights are held at once, those of all heads; and the least and the most
 #: queries that share a block. Chosen by `benchmarks/blocks.py`.
-MOST_WEIGHTS = 2**21
+MOST_WEIGHTS = 2**22
 LEAST_BLOCK, MOST_BLOCK = 32, 256
 
 
