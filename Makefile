@@ -40,7 +40,7 @@ lint: $(VENV)/.installed  ## Checks style.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(VENV)/.installed  ## Measures how time grows with the length; BACKEND=jax switches.
+bench: $(VENV)/.installed  ## Measures time and memory, for an hour; BACKEND=jax switches.
 	KERAS_BACKEND=$(BACKEND) $(BIN)/python -m benchmarks
 
 docs: $(VENV)/.installed  ## Builds the documentation into site/, warnings being errors.

@@ -200,8 +200,9 @@ class Softmax(FeatureMap):
     \[ \kappa(x, y) = \exp\left(x^\top y / \sqrt{D}\right) \]
 
     \(\Phi\) holds the scaled monomials of the Taylor series of exp, so the layer
-    works in the dual form: with the fused kernel of the backend unless scores,
-    dropout or a causal scaled head need the weights themselves.
+    works in the dual form: with the fused kernel of the backend where there is one and
+    scores, dropout or a causal scaled head do not need the weights themselves; else in
+    blocks of queries, so that memory grows with the keys and not with the pairs.
 
     Masking: any. Causal use: yes.
 

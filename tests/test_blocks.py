@@ -128,6 +128,8 @@ def largest_tensor(jaxpr):
 
 
 RATE = 0.3
+#: A causal call of it is solved prefix by prefix.
+CAUSAL_BY_PREFIX = Primal("elu", "batch_norm")
 
 
 def attend_with_dropout(inputs, form, seed):
@@ -154,6 +156,18 @@ def test_dropout_of_weights(small_blocks, form):
     assert len(np.unique(rows, axis=0)) == len(rows)
     assert_close(attend_with_dropout(inputs, form, seed=3) * 64, weights, 1e-5)
     assert np.abs(attend_with_dropout(inputs, form, seed=4) * 64 - weights).max() > 1
+
+
+@pytest.mark.parametrize("primal", [Primal(training_set=ScaledHeads((1, 1))), CAUSAL_BY_PREFIX])
+def test_no_head_or_block_drops_what_another_does(primal):
+    """Groups of heads, and blocks of queries that are fitted on their own prefixes."""
+    ones = np.ones((1, 48, 2, 4), "float32")
+    output = backends.to_numpy(
+        ops.attention(ones, ones, ones, primal, is_causal=True, dropout=RATE, seed=3)
+    )
+    assert np.abs(output.mean() - 1) < 0.1
+    assert np.abs(output[:, :, 0] - output[:, :, 1]).max() > 0.1
+    assert np.abs(output[:, 16:32] - output[:, 32:]).max() > 0.1
 
 
 @pytest.mark.parametrize("form", ["whole", "blocks"])

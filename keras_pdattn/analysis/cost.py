@@ -138,8 +138,9 @@ def cost(
 
     Counted are multiply-adds of matrix products and convolutions, as the forms that
     the layers would choose take them: padded blocks of a window, chunks of a causal
-    state, what a mask hides; of scaled heads the projections of means. For \(T\) queries, \(M\) examples, depth \(D\), values of
-    depth \(D_v\) and \(F\) features, a head takes
+    state, what a mask hides; for scaled heads the projections of means. For \(T\)
+    queries, \(M\) examples, depth \(D\), values of depth \(D_v\) and \(F\) features, a
+    head takes
 
     | form | multiply-adds |
     |---|---|

@@ -164,7 +164,7 @@ def attention(
         projections=projections,
     )
     outputs, scores = [], []
-    for heads, training_set in groups:
+    for group, (heads, training_set) in enumerate(groups):
         its_keys = keys.of(heads)
         if is_causal or not training_set.takes_means:
             its_keys = its_keys.projected()
@@ -175,7 +175,6 @@ def attention(
             primal=primal,
             training_set=training_set,
             weights=weights_of_heads(weights, heads),
-            dropout=Dropout(dropout, seed) if dropout > 0 else None,
             return_scores=return_scores,
             flash_attention=flash_attention,
             form=form,
@@ -183,7 +182,8 @@ def attention(
         if is_causal and not has_causal_form(primal, training_set, key_grid):
             is_pointwise = all(transform.is_pointwise for transform in primal.transform)
             solve = functools.partial(prefix_by_prefix, solve, is_pointwise=is_pointwise)
-        output, group_scores = solve(queries.of(heads), its_keys)
+        drop = Dropout(dropout, seed, group) if dropout > 0 else None
+        output, group_scores = solve(queries.of(heads), its_keys, dropout=drop)
         outputs.append(output)
         scores.append(group_scores)
     output = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=2)

@@ -16,14 +16,15 @@ class Dropout:
     Args:
         rate: share of entries to drop, in (0, 1).
         seed: a non-negative integer or a `keras.random.SeedGenerator`.
+        group: which group of heads it is for; an integer alone would serve all alike.
     """
 
-    def __init__(self, rate, seed):
+    def __init__(self, rate, seed, group=0):
         self.rate, self.seed = rate, seed
         if not isinstance(seed, keras.random.SeedGenerator):
-            # As Keras makes a seed of an integer.
+            # As Keras makes a seed of an integer, but for the group.
             dtype = "int32" if keras.backend.backend() == "torch" else "uint32"
-            self.seed = _Given(ops.convert_to_tensor([seed, 0], dtype=dtype))
+            self.seed = _Given(ops.convert_to_tensor([seed, group], dtype=dtype))
         elif not (isinstance(seed, _Given) or _draws_by_itself(seed)):
             self.seed = _Given(seed.next())
 

@@ -15,16 +15,17 @@ def num_prefixes(query_length):
     return query_length if query_length <= BLOCK else -(-query_length // BLOCK) * BLOCK
 
 
-def prefix_by_prefix(solve, queries, keys, is_pointwise):
+def prefix_by_prefix(solve, queries, keys, dropout, is_pointwise):
     """Solves, for each query, the problem of the keys up to it.
 
     For members that can't serve all queries of a causal call at once. Every
     query becomes a sequence of its own, whose keys beyond it are padding.
 
     Args:
-        solve: function from `Queries` and `Examples` to `(output, scores)`.
+        solve: function from `Queries`, `Examples` and `dropout` to `(output, scores)`.
         queries: `Queries`, T of them.
         keys: `Examples` that are the keys themselves, S of them.
+        dropout: `Dropout`, or `None`.
         is_pointwise: whether transforms look at each query alone.
 
     Returns:
@@ -32,24 +33,26 @@ def prefix_by_prefix(solve, queries, keys, is_pointwise):
     """
     query_length = ops.shape(queries.x)[1]
     if isinstance(query_length, int) and query_length <= BLOCK:
-        return _solve_at(
-            ops.arange(query_length, dtype="int32"), solve, queries, keys, is_pointwise
-        )
+        positions = ops.arange(query_length, dtype="int32")
+        return _solve_at(positions, solve, queries, keys, dropout, is_pointwise)
     count = (query_length + BLOCK - 1) // BLOCK
     positions = ops.minimum(ops.arange(count * BLOCK, dtype="int32"), query_length - 1)
 
     def solve_block(block):
-        output, scores = _solve_at(block, solve, queries, keys, is_pointwise)
+        index, positions = block
+        its_dropout = None if dropout is None else dropout.of_block(index)
+        output, scores = _solve_at(positions, solve, queries, keys, its_dropout, is_pointwise)
         return (output,) if scores is None else (output, scores)
 
-    output, *scores = ops.map(solve_block, ops.reshape(positions, (count, BLOCK)))
+    blocks = ops.arange(count, dtype="int32"), ops.reshape(positions, (count, BLOCK))
+    output, *scores = ops.map(solve_block, blocks)
     output = join_axes(ops.moveaxis(output, 0, 1), 1)[:, :query_length]
     if not scores:
         return output, None
     return output, join_axes(ops.moveaxis(scores[0], 0, 2), 2)[:, :, :query_length]
 
 
-def _solve_at(positions, solve, queries, keys, is_pointwise):
+def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
     """Solves for the queries at `positions`, `(n,)`."""
     batch, key_length = ops.shape(keys.key)[0], ops.shape(keys.key)[1]
     count = ops.shape(positions)[0]
@@ -91,7 +94,7 @@ def _solve_at(positions, solve, queries, keys, is_pointwise):
         is_prefix=True,
         visible=visible,
     ).zero_padding()
-    output, scores = solve(prefix_queries, prefix_keys)
+    output, scores = solve(prefix_queries, prefix_keys, dropout=dropout)
     output = ops.reshape(output, (batch, count) + tuple(ops.shape(output)[2:]))
     if scores is not None:
         shape = ops.shape(scores)
