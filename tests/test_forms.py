@@ -169,6 +169,12 @@ def test_bands(window, lengths, is_causal):
         check_bands(primal, inputs, is_causal=is_causal, key_mask=key_mask)
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_bands_that_reach_beyond_the_next_block(is_causal):
+    window = SlidingWindow(windows.MOST_BLOCK + 72)
+    check_bands(Primal(training_set=window), arrays(900, heads=1), is_causal=is_causal)
+
+
 @pytest.mark.parametrize("window", [WINDOWS[2], WINDOWS[4], WINDOWS[6]], ids=repr)
 @pytest.mark.parametrize("size", [4, 20])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])

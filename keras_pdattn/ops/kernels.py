@@ -32,6 +32,7 @@ def masked_softmax(logits, log_scale=None, visible=None):
     if visible is not None:
         sighted = ops.any(visible, axis=-1, keepdims=True)
         total = ops.where(sighted, 1.0 if total is None else total, float("inf"))
+        total = ops.cast(total, logits.dtype)
     return weights, total
 
 
