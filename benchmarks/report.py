@@ -52,8 +52,9 @@ def memory():
 def main():
     text = PAGE.read_text()
     for name, made in (("speed", speed()), ("memory", memory())):
-        marked = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text = re.sub(marked, lambda found, made=made: found[1] + made + found[2], text, flags=re.S)
+        marked = rf"<!-- {name} -->\n.*?<!-- end -->"
+        made = f"<!-- {name} -->\n{made}\n<!-- end -->"
+        text = re.sub(marked, lambda _, made=made: made, text, flags=re.DOTALL)
     PAGE.write_text(text)
 
 

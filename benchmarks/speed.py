@@ -104,6 +104,7 @@ def main(arguments=None):
         for name in options.members
         for mode in options.modes
         for dtype in options.dtypes
+        if mode in CASES[name].modes
     ]
     for name, mode, dtype in track(settings, description="measuring"):
         check(name, mode, dtype)
