@@ -152,7 +152,8 @@ def cost(
     and a kernel's size times the depth for each vector that is convolved, \(F D\) for
     each that random features are drawn for. Work for each number of a tensor, such as
     a softmax or a normalisation, is not. Bytes are those of the activations that these
-    forms write; a fused kernel writes no weights and needs less.
+    forms write; a fused kernel writes no weights, and blocks of queries hold few at a time:
+    these need less.
 
     Args:
         layer_or_model: a `keras.layers.MultiHeadAttention`, ours or Keras's, or a model
