@@ -23,13 +23,17 @@ from keras_pdattn import analysis
 
 
 def times(functions, x, rounds):
-    """Seconds of each call of each of `functions`, in turn; the first calls are not counted."""
+    """Seconds of each call of each of `functions`, in turn.
+
+    A call that is counted comes after one that is not, in which what the other functions left,
+    caches and memory given back to the operating system, is made up for.
+    """
     for function in functions:
-        wait(function(x))
         wait(function(x))
     found = [[] for _ in functions]
     for _ in range(rounds):
         for seconds, function in zip(found, functions):
+            wait(function(x))
             start = time.perf_counter()
             wait(function(x))
             seconds.append(time.perf_counter() - start)

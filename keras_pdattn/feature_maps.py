@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn import descriptions, validation
-from keras_pdattn.ops import kernels, states
+from keras_pdattn.ops import kernels, native, states
 from keras_pdattn.ops.dtypes import widen
 from keras_pdattn.ops.dual import dual_attention
 from keras_pdattn.ops.indexing import append_axes
@@ -154,8 +154,7 @@ class FeatureMap(descriptions.WeightedMember):
                 "`flash_attention=True` and `form='fused'` need the softmax feature map. "
                 f"Received: feature_map={self!r}, flash_attention={flash_attention}, form={form!r}"
             )
-        query, examples = kernels.heads_apart(widen(query)), examples.with_keys(_widen_apart)
-        examples = dataclasses.replace(examples, value=kernels.heads_apart(examples.value))
+        query, examples = native.heads_apart(widen(query)), examples.with_keys(_widen_apart)
         if form is None and self.uses_primal_form(query, examples, weights, return_weights):
             query = self.query_features(query, weights)
             examples = examples.with_scaled_keys(lambda key: self.key_features(key, weights))
@@ -189,7 +188,7 @@ class FeatureMap(descriptions.WeightedMember):
 
 
 def _widen_apart(key):
-    return kernels.heads_apart(widen(key))
+    return native.heads_apart(widen(key))
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
@@ -285,16 +284,13 @@ class Elu(FeatureMap):
     def widths(self, x, weights):
         return 2 * [x.shape[-1]]
 
-    def features(self, x, weights, log_factor=0.0):
-        # Not `ops.elu(x) + 1`, which would round the exponential's small values off. `x` less its
-        # positive part is its negative part, with the slope of `x` at zero.
-        positive = ops.relu(x)
-        return positive + ops.exp(x - positive - log_factor)
+    def features(self, x, weights):
+        return native.exp_below_zero(x)
 
     def query_features(self, x, weights):
         # Of negative numbers alone the largest is taken off, lest nothing is left of any.
         largest = ops.max(ops.stop_gradient(x), axis=-1, keepdims=True)
-        return self.features(x, weights, ops.minimum(largest, 0.0))
+        return self.features(x - ops.minimum(largest, 0.0), weights)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_pdattn import descriptions, validation
 from keras_pdattn.ops import convolution, statistics
-from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import take_along_time
 
 
@@ -173,7 +173,8 @@ class BatchNorm(Transform):
         return {"beta": add_weight(name="beta", shape=(), initializer=start, autocast=False)}
 
     def fit(self, key, mask):
-        mean, variance = statistics.moments(key, mask)
+        mean = statistics.mean(key, mask)
+        variance = statistics.variance(widen(key) - mean, mask)
         return mean, self._inverse_deviation(variance)
 
     def apply(self, x, statistics, weights):
@@ -187,16 +188,20 @@ class BatchNorm(Transform):
         if examples.is_causal:
             return self._fit_prefixes(queries, examples, weights)
         dtype = queries.x.dtype
-        mean, inverse = statistics = self.fit(examples.key, examples.mask)
-
-        def normalize_key(key):
-            if not shift_invariant:
-                return ops.cast(self.apply(key, statistics, weights), dtype)
-            # Centred, whatever beta is: a common offset would eat the mantissa.
-            return ops.cast((widen(key) - ops.stop_gradient(mean)) * inverse, dtype)
-
-        x = ops.cast(self.apply(queries.x, statistics, weights), dtype)
-        return queries.with_x(x), examples.with_keys(normalize_key)
+        if not shift_invariant:
+            queries, examples = super().__call__(queries, examples, weights, shift_invariant)
+            return _narrowed(queries, examples, dtype)
+        mean = statistics.mean(examples.key, examples.mask)
+        # Centred, whatever beta is: a common offset would eat the mantissa.
+        centred = examples.with_keys(lambda key: widen(key) - mean)
+        inverse = self._inverse_deviation(statistics.variance(centred.key, examples.mask))
+        x = widen(queries.x) - self._factor_on_mean(weights, mean.dtype) * mean
+        if _is_half(dtype):
+            # Where keys have no spread, 1 / epsilon is beyond float16: scale both, once each.
+            x, centred = x * inverse, centred.with_keys(lambda key: key * inverse)
+        else:
+            x = x * ops.square(inverse)
+        return _narrowed(queries.with_x(x), centred, dtype)
 
     def _fit_prefixes(self, queries, examples, weights):
         """Normalises query i, and for it all keys, with the statistics of its prefix.
@@ -213,13 +218,10 @@ class BatchNorm(Transform):
         count, mean, squares = moments
         inverse = self._inverse_deviation(squares / ops.maximum(count, 1))
         beta = self._factor_on_mean(weights, mean.dtype)
-        normalized = (widen(queries.x) - beta * origin - beta * mean) * inverse
+        x = (widen(queries.x) - beta * origin - beta * mean) * ops.square(inverse)
         dtype = queries.x.dtype
-        if keras.backend.standardize_dtype(dtype) == "float16":
-            # Where a prefix has no spread, 1 / epsilon is beyond float16.
-            return queries.with_x(normalized * inverse), centred
-        narrow = centred.with_keys(lambda key: ops.cast(key, dtype))
-        return queries.with_x(ops.cast(normalized * inverse, dtype)), narrow
+        # Where a prefix has no spread, 1 / epsilon is beyond float16.
+        return _narrowed(queries.with_x(x), centred, x.dtype if _is_half(dtype) else dtype)
 
     def _inverse_deviation(self, variance):
         return ops.rsqrt(variance + self.epsilon) if self.scale else ops.ones_like(variance)
@@ -228,6 +230,15 @@ class BatchNorm(Transform):
         if not self.center:
             return 0.0
         return ops.cast(weights["beta"], dtype) if self.learn_beta else self.beta
+
+
+def _is_half(dtype):
+    return keras.backend.standardize_dtype(dtype) == "float16"
+
+
+def _narrowed(queries, examples, dtype):
+    """Queries and keys back in `dtype`, once what is summed and subtracted is."""
+    return queries.with_x(cast(queries.x, dtype)), examples.with_keys(lambda key: cast(key, dtype))
 
 
 class _Convolution(Transform):
@@ -278,7 +289,7 @@ class _Convolution(Transform):
             before = take_along_time(before, ops.minimum(examples.limit, ops.shape(key)[1] - 1))
             centre = ops.cast(kernel[self.kernel_size // 2], before.dtype)
             own = dataclasses.replace(own, key=centre * widen(own.key) + before)
-        return queries.with_x(ops.cast(x, dtype)), dataclasses.replace(examples, key=key, own=own)
+        return queries.with_x(cast(x, dtype)), dataclasses.replace(examples, key=key, own=own)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

@@ -34,8 +34,8 @@ class Problem:
 
     @classmethod
     def of_heads(cls, primal, training_set, heads, weights, keys):
-        """The problem of some heads; `weights` and `keys` are those of all."""
-        keys = keys.of(heads).zero_padding()
+        """The problem of some heads, of which `keys` are; `weights` are those of all."""
+        keys = keys.zero_padding()
         examples = training_set.select(keys, Queries(keys.key, keys.mask, keys.grid))
         return cls(primal, weights_of_heads(weights, heads), keys, examples)
 

@@ -13,6 +13,7 @@ from keras_pdattn.layers.masking import detached_masks, get_keras_mask
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
 from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
 from keras_pdattn.ops import checks, masks
+from keras_pdattn.ops.attention import head_counts
 from keras_pdattn.ops.examples import Examples
 
 
@@ -145,10 +146,12 @@ def _values_and_normalizers(layer, inputs):
     batch, length = keys.key.shape[:2]
     values, log_normalizers = [], []
     weights = layer._primal_weights.by_member
-    for heads, training_set in layer.primal.training_set.groups(layer.num_heads):
+    groups = layer.primal.training_set.groups(layer.num_heads)
+    parts = zip(groups, keys.split(head_counts(groups)))
+    for (heads, training_set), its_keys in parts:
         if layer._sliding_window is not None:
             training_set = _within(layer._sliding_window, training_set)
-        problem = Problem.of_heads(layer.primal, training_set, heads, weights, keys)
+        problem = Problem.of_heads(layer.primal, training_set, heads, weights, its_keys)
         key = problem.transformed_keys()
         log_kernel = problem.log_kernel(key, key)
         visible = problem.examples.visibility()

@@ -11,24 +11,27 @@ def project(dense, x, compute_dtype):
 
     On short sequences, run eagerly, that is a quarter of an attention layer's time.
     """
-    return dense.call(x) if is_plain(dense, compute_dtype) else dense(x)
+    return projection(dense)(x) if is_plain(dense, compute_dtype) else dense(x)
 
 
 def projection(dense):
-    """What a plain `dense` computes, for `ops.attention` to do when it has fewer inputs."""
+    """What a plain `dense` computes."""
     bias = None if dense.bias is None else ops.convert_to_tensor(dense.bias)
-    return Projection(ops.convert_to_tensor(dense.kernel), bias)
+    inputs, kernel = dense.equation.split("->")[0].split(",")
+    num_widths = len(set(inputs) & set(kernel))
+    return Projection(ops.convert_to_tensor(dense.kernel), bias, num_widths)
 
 
 def is_plain(dense, compute_dtype):
     """Whether calling `dense` inside a layer of `compute_dtype` does nothing beyond its formula.
 
-    It does where it is quantised, regularises its output, is worked again in the
+    It does where it has an activation, is quantised, regularises its output, is worked again in the
     backward pass, is watched by hooks of torch, or lays out tensors over devices.
     """
     return (
         type(dense) is keras.layers.EinsumDense
         and dense.quantization_mode is None
+        and dense.activation is keras.activations.linear
         and dense.activity_regularizer is None
         and dense.compute_dtype == compute_dtype
         and not any(getattr(dense, name, None) for name in ("_remat_mode", *_TORCH_HOOKS))

@@ -8,6 +8,7 @@ from keras import ops
 from keras_pdattn import validation
 from keras_pdattn.ops import checks, masks
 from keras_pdattn.ops.dropout import Dropout
+from keras_pdattn.ops.dtypes import cast
 from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.ops.indexing import zero_where_masked
 from keras_pdattn.ops.kernels import in_output_layout
@@ -163,9 +164,10 @@ def attention(
         grid=key_grid,
         projections=projections,
     )
+    sizes = head_counts(groups)
     outputs, scores = [], []
-    for group, (heads, training_set) in enumerate(groups):
-        its_keys = keys.of(heads)
+    parts = zip(groups, queries.split(sizes), keys.split(sizes))
+    for group, ((heads, training_set), its_queries, its_keys) in enumerate(parts):
         if is_causal or not training_set.takes_means:
             its_keys = its_keys.projected()
         if sliding_window is not None:
@@ -183,7 +185,7 @@ def attention(
             is_pointwise = all(transform.is_pointwise for transform in primal.transform)
             solve = functools.partial(prefix_by_prefix, solve, is_pointwise=is_pointwise)
         drop = Dropout(dropout, seed, group) if dropout > 0 else None
-        output, group_scores = solve(queries.of(heads), its_keys, dropout=drop)
+        output, group_scores = solve(its_queries, its_keys, dropout=drop)
         outputs.append(output)
         scores.append(group_scores)
     output = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=2)
@@ -195,7 +197,7 @@ def attention(
     scores = scores[0] if len(scores) == 1 else ops.concatenate(scores, axis=1)
     if query_mask is not None:
         scores = ops.where(ops.expand_dims(rows, axis=-1), scores, 0.0)
-    return output, ops.cast(scores, value.dtype)
+    return output, cast(scores, value.dtype)
 
 
 def _within(sliding_window, training_set, keys, queries):
@@ -239,7 +241,7 @@ def _solve(
     examples = training_set.select(keys, queries).projected()
     queries, transformed = transform(primal, queries, examples, weights)
     query = queries.asked_for()
-    transformed = transformed.with_keys(functools.partial(ops.cast, dtype=query.dtype))
+    transformed = transformed.with_keys(functools.partial(cast, dtype=query.dtype))
     output, example_weights, own_weights = primal.feature_map.attend(
         query, transformed, weights[-1], dropout, return_scores, flash_attention, form
     )
@@ -276,6 +278,11 @@ def _nothing_to_see(query, value, depth, return_scores):
     output = ops.zeros((batch, length, num_heads, depth), dtype=value.dtype)
     scores = ops.zeros((batch, num_heads, length, ops.shape(value)[1]), dtype=value.dtype)
     return (output, scores) if return_scores else output
+
+
+def head_counts(groups):
+    """How many heads each of the groups of a training set has."""
+    return [heads.stop - heads.start for heads, _ in groups]
 
 
 def weights_of_heads(weights, heads):

@@ -1,6 +1,8 @@
 """Depthwise convolution of queries and keys, along a sequence or over a grid."""
 
+import functools
 import itertools
+import operator
 
 from keras import ops
 
@@ -24,16 +26,18 @@ def depthwise(x, kernel, grid=None, taps=lambda offset: True):
     Returns:
         Tensor `(B, T, H, D)`, float32 or wider.
     """
-    x, kernel = to_grid(widen(x), grid), ops.cast(kernel, widen(x).dtype)
+    x = to_grid(widen(x), grid)
+    kernel = ops.cast(kernel, x.dtype)
     sizes = tuple(kernel.shape[:-2])
     margins = [(size // 2, size // 2) for size in sizes]
     padded = ops.pad(x, [(0, 0)] + margins + [(0, 0), (0, 0)])
-    total = ops.zeros_like(x)
+    terms = []
     for tap in itertools.product(*(range(size) for size in sizes)):
         offset = tuple(at - size // 2 for at, size in zip(tap, sizes))
         if taps(offset):
             window = tuple(slice(at, at - size + 1 or None) for at, size in zip(tap, sizes))
-            total = total + kernel[tap] * padded[(slice(None),) + window]
+            terms.append(kernel[tap] * padded[(slice(None),) + window])
+    total = functools.reduce(operator.add, terms) if terms else ops.zeros_like(x)
     return from_grid(total, len(sizes))
 
 

@@ -13,9 +13,17 @@ def accumulator(dtype):
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
 
 
+def cast(x, dtype):
+    """`x` in `dtype`; `ops.cast`, but free where that is nothing to do."""
+    standardize = keras.backend.standardize_dtype
+    if x.dtype == dtype or standardize(x.dtype) == standardize(dtype):
+        return x
+    return ops.cast(x, dtype)
+
+
 def widen(x):
     """Casts `x` to its accumulator dtype."""
-    return ops.cast(x, accumulator(x.dtype))
+    return cast(x, accumulator(x.dtype))
 
 
 def is_double(dtype):

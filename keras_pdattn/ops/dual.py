@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn.ops.blocks import map_blocks
-from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, share, weighted_sums
 from keras_pdattn.ops.windows import banded_attention
@@ -143,10 +143,10 @@ def dual_attention(query, examples, weigh, dropout=None, return_weights=True, fo
     form = form or dual_form(query.shape, examples.key.shape[1])
     if form == "blocks" and not return_weights:
         output = _attend_in_blocks(operands, examples, weigh, dropout)
-        return ops.cast(swap_heads_and_time(output), dtype), None, None
+        return cast(swap_heads_and_time(output), dtype), None, None
     weights, total = operands.weigh(examples, weigh)
     output = operands.weighted_values(weights, total, dropout)
-    output = ops.cast(swap_heads_and_time(output), dtype)
+    output = cast(swap_heads_and_time(output), dtype)
     if not return_weights:
         return output, None, None
     weights = share(weights, total)

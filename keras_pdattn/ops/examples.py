@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_pdattn.ops import masks
+from keras_pdattn.ops import masks, native
 from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time, zero_where_masked
 from keras_pdattn.ops.windows import Window
 
@@ -36,9 +36,9 @@ class Queries:
             return ops.arange(ops.shape(self.x)[1], dtype="int32")
         return ops.expand_dims(self.end, axis=-1)
 
-    def of(self, heads):
-        """The queries of some heads."""
-        return dataclasses.replace(self, x=self.x[:, :, heads])
+    def split(self, sizes):
+        """The queries of groups of so many heads each."""
+        return [self.with_x(x) for x in native.split(self.x, sizes, axis=2)]
 
     def with_x(self, x):
         """The queries with another `x`."""
@@ -46,7 +46,7 @@ class Queries:
 
     def zero_padding(self):
         """Puts zero where `mask` marks padding."""
-        return self.with_x(zero_where_masked(self.x, self.mask))
+        return self if self.mask is None else self.with_x(zero_where_masked(self.x, self.mask))
 
     def asked_for(self):
         """`x` of the queries that are asked for."""
@@ -123,23 +123,29 @@ class Examples:
         """Whether a transform may mix no later key into an earlier one."""
         return self.is_causal or self.is_prefix
 
-    def of(self, heads):
-        """The keys of some heads."""
-        visible = self.visible
-        if visible is not None and visible.shape[1] != 1:
-            visible = visible[:, heads]
-        if self.projections is not None:
-            projections = [projection.of(heads) for projection in self.projections]
-            return dataclasses.replace(self, projections=projections, visible=visible)
-        return dataclasses.replace(
-            self, key=self.key[:, :, heads], value=self.value[:, :, heads], visible=visible
-        )
+    def split(self, sizes):
+        """The keys of groups of so many heads each."""
+        if len(sizes) == 1:
+            return [self]
+        parts = {}
+        if self.projections is None:
+            parts["key"] = native.split(self.key, sizes, axis=2)
+            parts["value"] = native.split(self.value, sizes, axis=2)
+        else:
+            parts["projections"] = zip(*(one.split(sizes) for one in self.projections))
+        if self.visible is not None and self.visible.shape[1] != 1:
+            parts["visible"] = native.split(self.visible, sizes, axis=1)
+        return [
+            dataclasses.replace(self, **dict(zip(parts, values)))
+            for values in zip(*parts.values())
+        ]
 
     def projected(self):
         """The examples once `projections` are done."""
         if self.projections is None:
             return self
-        key, value = (f(x) for f, x in zip(self.projections, (self.key, self.value)))
+        tensors = zip(self.projections, (self.key, self.value))
+        key, value = (project(x[:, :, 0]) for project, x in tensors)
         return dataclasses.replace(self, key=key, value=value, projections=None).zero_padding()
 
     def with_keys(self, function):
@@ -158,6 +164,8 @@ class Examples:
 
     def zero_padding(self):
         """Puts zero where `mask` marks padding."""
+        if self.mask is None:
+            return self
         return dataclasses.replace(self, key=zero_where_masked(self.key, self.mask))
 
     def visibility(self):

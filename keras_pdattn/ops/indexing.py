@@ -4,6 +4,8 @@ import math
 
 from keras import ops
 
+from keras_pdattn.ops import native
+
 
 def take_along_time(x, index):
     """Reads `x` of shape `(batch, time, ...)` at `index`, `(n,)` or `(batch, n)`.
@@ -64,14 +66,14 @@ def split_axis(x, axis, size):
     """Cuts `axis` of `x` into pieces of `size`, which becomes the axis behind."""
     shape = ops.shape(x)
     pieces = (shape[axis] // size, size)
-    return ops.reshape(x, tuple(shape[:axis]) + pieces + tuple(shape[axis + 1 :]))
+    return native.reshape(x, tuple(shape[:axis]) + pieces + tuple(shape[axis + 1 :]))
 
 
 def join_axes(x, axis):
     """Undoes `split_axis`: `axis` of `x` and the axis behind become one."""
     shape = ops.shape(x)
     joined = (shape[axis] * shape[axis + 1],)
-    return ops.reshape(x, tuple(shape[:axis]) + joined + tuple(shape[axis + 2 :]))
+    return native.reshape(x, tuple(shape[:axis]) + joined + tuple(shape[axis + 2 :]))
 
 
 def lead_with_zero(x):
@@ -108,7 +110,7 @@ def to_grid(x, grid):
     if grid is None:
         return x
     shape = ops.shape(x)
-    return ops.reshape(x, (shape[0],) + tuple(grid) + tuple(shape[2:]))
+    return native.reshape(x, (shape[0],) + tuple(grid) + tuple(shape[2:]))
 
 
 def from_grid(x, num_axes):
@@ -117,4 +119,4 @@ def from_grid(x, num_axes):
         return x
     shape = ops.shape(x)
     time = math.prod(shape[1 : 1 + num_axes])
-    return ops.reshape(x, (shape[0], time) + tuple(shape[1 + num_axes :]))
+    return native.reshape(x, (shape[0], time) + tuple(shape[1 + num_axes :]))

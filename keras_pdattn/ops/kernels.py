@@ -5,7 +5,8 @@ import functools
 import keras
 from keras import ops
 
-from keras_pdattn.ops.dtypes import accumulator, exp_of_at_most_zero, is_double, widen
+from keras_pdattn.ops import native
+from keras_pdattn.ops.dtypes import accumulator, cast, exp_of_at_most_zero, is_double, widen
 from keras_pdattn.ops.indexing import append_axes
 
 #: The logarithm of a factor that leaves nothing.
@@ -73,7 +74,7 @@ def weighted_sums(weights, total, dropout, multiply, dtype):
         # Sums of what is not normalised may be beyond the range of 16 bits.
         weights, total = share(weights, total), None
     kept = weights if dropout is None else dropout(weights)
-    return share(multiply(ops.cast(kept, dtype)), total)
+    return share(multiply(cast(kept, dtype)), total)
 
 
 def for_products(x):
@@ -83,17 +84,6 @@ def for_products(x):
     stall, and on TensorFlow scores overflow float16 before they are scaled.
     """
     return x if keras.backend.backend() == "torch" or _jax_runs_on_gpu() else widen(x)
-
-
-def heads_apart(x):
-    """`x`, `(B, T, H, D)`, with the numbers of one head together in memory, on torch.
-
-    Its products are of one head, and what they give is laid out like that. Elementwise
-    operations on two tensors laid out differently take several times as long.
-    """
-    if keras.backend.backend() != "torch":
-        return x
-    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 @functools.cache
@@ -133,23 +123,15 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     """
     tensors = query, examples.key, examples.value
     if not flash_attention:
-        tensors = (for_products(tensor) for tensor in tensors)
-    if keras.backend.backend() == "torch" and flash_attention is None:
-        # Its kernel chooses flash attention by itself; Keras's way of asking
-        # beforehand would break the graph of `torch.compile`.
-        flash_attention = False
-    output = ops.dot_product_attention(
-        *tensors,
-        mask=examples.kernel_mask(),
-        scale=scale,
-        is_causal=examples.is_triangular,
-        flash_attention=flash_attention,
+        tensors = [for_products(tensor) for tensor in tensors]
+    output = native.softmax_attention(
+        *tensors, examples.kernel_mask(), scale, examples.is_triangular, flash_attention
     )
     sighted = examples.sighted()
     if sighted is not None:
         # The kernels give the mean of all values where every score is masked.
         output = ops.where(in_output_layout(sighted), output, 0.0)
-    return ops.cast(output, examples.value.dtype)
+    return cast(output, examples.value.dtype)
 
 
 def in_output_layout(rows):

@@ -7,7 +7,7 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn.ops import masks
-from keras_pdattn.ops.dtypes import accumulator, cumulative_sum
+from keras_pdattn.ops.dtypes import accumulator, cast, cumulative_sum
 from keras_pdattn.ops.examples import Examples, OwnExample
 from keras_pdattn.ops.indexing import (
     append_axes,
@@ -39,13 +39,12 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         a transform may yet take a large mean off them.
     """
     windows = Windows.over(keys, scale, reduction)
-    key = windows.align(keys.key)
-    value = key if keys.value is keys.key else windows.align(keys.value)
     visible = None if keys.visible is None else windows.align_last(keys.visible)
-    mean = windows.mean(key)
+    key = windows.mean(keys.key)
+    value = key if keys.value is keys.key else windows.mean(keys.value)
     pooled = Examples(
-        key=mean,
-        value=ops.cast(mean if value is key else windows.mean(value), value.dtype),
+        key=key,
+        value=cast(value, keys.value.dtype),
         mask=None if keys.mask is None else windows.counts() > 0,
         is_prefix=keys.is_prefix,
         visible=None if visible is None else windows.whole(visible),
@@ -57,8 +56,8 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         return pooled
     steps = windows.steps(query_length)
     own = OwnExample(
-        key=windows.reach(windows.running_mean(key), steps),
-        value=ops.cast(windows.reach(windows.running_mean(value), steps), value.dtype),
+        key=windows.reach(windows.running_mean(keys.key), steps),
+        value=cast(windows.reach(windows.running_mean(keys.value), steps), keys.value.dtype),
         mask=windows.has_members(steps, query_length, keys.mask is not None),
         visible=None if visible is None else windows.whole_so_far(visible, steps),
     )
@@ -84,8 +83,11 @@ class Windows:
 
     Attributes:
         size: the number of steps in a window, `scale` to the number of axes.
-        member: float `(B or 1, M * size)` by step, 1 for keys that windows take in.
+        num_steps: the number of steps in all windows, M * size.
+        is_member: boolean `(B or 1, M * size)` by step, True for keys that windows take in;
+            `None` if these are all there are.
         length: the number of keys, S.
+        dtype: that of sums.
         grid: the number of windows along each axis; `None` for one axis.
         start: integer `(B,)`, the first valid key on one axis; or `None` if that
             is key 0 for all, or if there are several axes.
@@ -93,32 +95,30 @@ class Windows:
             two are the same.
         step: integer `(S,)` or `(B, S)`, the step of each key, negative in
             front of the first window; or `None`.
-        has_all_keys: whether keys and steps are the same, and every key is a member.
     """
 
     size: int
-    member: Any
+    num_steps: Any
+    is_member: Any
     length: Any
+    dtype: str
     grid: tuple | None = None
     start: Any = None
     position: Any = None
     step: Any = None
-    has_all_keys: bool = False
 
     @classmethod
     def over(cls, keys, scale, reduction):
         """Lays windows over `keys`, less what their mask leaves out."""
-        dtype = accumulator(keys.key.dtype)
         sizes = keys.grid or (ops.shape(keys.key)[1],)
         counts = tuple((size + scale - 1) // scale for size in sizes)
         grid = None if keys.grid is None else counts
         length = ops.shape(keys.key)[1]
         window_size = scale ** len(sizes)
         num_steps = math.prod(counts) * window_size
+        known = length, accumulator(keys.key.dtype)
         if keys.grid is None and keys.mask is None:
-            member = ops.arange(num_steps, dtype="int32") < length
-            member = ops.expand_dims(ops.cast(member, dtype), axis=0)
-            windows = cls(window_size, member, length, has_all_keys=True)
+            windows = cls(window_size, num_steps, None, *known)
         else:
             starts = _first_coordinates(keys)
             position, inside = _positions(num_steps, sizes, counts, scale, starts)
@@ -126,35 +126,47 @@ class Windows:
                 inside = ops.logical_and(inside, take_along_time(keys.mask, position))
             windows = cls(
                 window_size,
-                ops.cast(inside, dtype),
-                length,
+                num_steps,
+                inside,
+                *known,
                 grid,
                 None if keys.grid is not None else ops.squeeze(starts[0], axis=1),
                 position,
                 _steps(length, sizes, counts, scale, starts),
             )
         if reduction == "first":
-            is_first = ops.cast(windows.running_counts() == 1, dtype)
-            windows = dataclasses.replace(
-                windows, member=windows.member * is_first, has_all_keys=False
-            )
+            is_first = windows.member * ops.cast(windows.running_counts() == 1, windows.dtype)
+            windows = dataclasses.replace(windows, is_member=is_first > 0)
         return windows
+
+    @property
+    def has_all_keys(self):
+        """Whether keys and steps are the same, and every key is a member."""
+        return self.is_member is None
 
     @property
     def num_windows(self):
         """The number of windows, M."""
-        return ops.shape(self.member)[1] // self.size
+        return self.num_steps // self.size
+
+    @property
+    def member(self):
+        """`is_member` as 0 and 1."""
+        is_member = self.is_member
+        if self.has_all_keys:
+            is_member = ops.expand_dims(ops.arange(self.num_steps, dtype="int32"), 0) < self.length
+        return ops.cast(is_member, self.dtype)
 
     def align(self, x):
         """Reads `x`, `(B, S, ...)` by key, by step; where a step has no key, anything."""
         if self.position is None:
-            return fit_axis(x, 1, ops.shape(self.member)[1])
+            return fit_axis(x, 1, self.num_steps)
         return take_along_time(x, self.position)
 
     def align_last(self, x):
         """`align` for `x` of shape `(b, h, t, S)`."""
         if self.position is None:
-            return fit_axis(x, 3, ops.shape(self.member)[1])
+            return fit_axis(x, 3, self.num_steps)
         return _take_along_last(x, self.position)
 
     def split(self, x):
@@ -170,20 +182,32 @@ class Windows:
         return join_axes(cumulative_sum(self.split(self.member), axis=2), 1)
 
     def mean(self, x):
-        """The mean of each window's members; `(B, M * size, H, D)` to `(B, M, H, D)`."""
+        """The mean of each window's members; `(B, S, H, D)` to `(B, M, H, D)`."""
+        if self.has_all_keys and isinstance(self.length, int):
+            return self._mean_of_all(cast(x, self.dtype))
         total = ops.sum(self.split(self._members(x)), axis=2)
-        if self.has_all_keys and isinstance(self.length, int) and self.length % self.size == 0:
-            return total / self.size
         return total / append_axes(ops.maximum(self.counts(), 1), 2)
 
+    def _mean_of_all(self, x):
+        """`mean`, with nothing to fill up the last window and nothing to leave out."""
+        rest = self.length % self.size
+        whole = self.length - rest
+        if not whole:
+            return ops.sum(x, axis=1, keepdims=True) / rest
+        mean = ops.sum(self.split(x[:, :whole]), axis=2) / self.size
+        if not rest:
+            return mean
+        last = ops.sum(x[:, whole:], axis=1, keepdims=True) / rest
+        return ops.concatenate([mean, last], axis=1)
+
     def running_mean(self, x):
-        """The mean of the members of its window up to each step; `(B, M * size, H, D)`."""
+        """The mean of its window's members up to each step; from `(B, S, H, D)`, by step."""
         total = join_axes(cumulative_sum(self.split(self._members(x)), axis=2), 1)
         return total / append_axes(ops.maximum(self.running_counts(), 1), 2)
 
     def _members(self, x):
-        """`x`, wide enough to be summed, zero where it is no member."""
-        x = ops.cast(x, self.member.dtype)
+        """`x` by step, wide enough to be summed, zero where it is no member."""
+        x = cast(self.align(x), self.dtype)
         # Without padding `align` put zeros where there is no key.
         return x if self.has_all_keys else x * append_axes(self.member, 2)
 
@@ -194,19 +218,18 @@ class Windows:
 
     def reach(self, x, steps):
         """Reads `x`, `(B, M * size, ...)`, at `steps`, beyond the ends at the nearest."""
-        last = ops.shape(self.member)[1] - 1
+        last = self.num_steps - 1
         return take_along_time(x, ops.minimum(ops.maximum(steps, 0), last))
 
     def has_members(self, steps, query_length, is_padded):
         """Whether its own window so far has members, `(B or 1, T)`; `None` if all have."""
-        num_steps = ops.shape(self.member)[1]
         if is_padded:
             some = self.reach(self.running_counts() > 0, steps)
-            return some & (steps >= 0) & (steps < num_steps)
-        lengths = query_length, num_steps
-        if all(isinstance(length, int) for length in lengths) and query_length <= num_steps:
+            return some & (steps >= 0) & (steps < self.num_steps)
+        lengths = query_length, self.num_steps
+        if all(isinstance(length, int) for length in lengths) and query_length <= self.num_steps:
             return None
-        return ops.expand_dims(steps < num_steps, axis=0)
+        return ops.expand_dims(steps < self.num_steps, axis=0)
 
     def whole(self, visible):
         """Whether a query sees all members of a window; `(b, h, t, steps)` to `(.., M)`."""
@@ -223,10 +246,10 @@ class Windows:
 
     def own_members(self, steps):
         """1 for the members of each query's own window up to its step; `(B or 1, T, n)`."""
-        step = ops.arange(ops.shape(self.member)[1], dtype="int32")
+        step = ops.arange(self.num_steps, dtype="int32")
         steps = ops.expand_dims(steps, axis=-1)
         current = ops.logical_and(step <= steps, step // self.size == steps // self.size)
-        return ops.cast(current, self.member.dtype) * ops.expand_dims(self.member, axis=1)
+        return ops.cast(current, self.dtype) * ops.expand_dims(self.member, axis=1)
 
     def spread(self, weights):
         """Shares each window's weight among its members; `(B, H, T, M)` to `(B, H, T, S)`."""

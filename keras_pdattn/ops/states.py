@@ -8,7 +8,7 @@ the keys of the chunk itself in the dual form.
 
 from keras import ops
 
-from keras_pdattn.ops.dtypes import cumulative_sum, exp_of_at_most_zero, widen
+from keras_pdattn.ops.dtypes import cast, cumulative_sum, exp_of_at_most_zero, widen
 from keras_pdattn.ops.indexing import (
     append_axes,
     delay,
@@ -106,7 +106,7 @@ def primal_attention(query, examples):
         output = ops.einsum("bthf,bhfd->bthd", query, state)
         total = ops.einsum("bthf,bhf->bth", query, ops.sum(key, axis=1))
         total = ops.expand_dims(total, axis=-1)
-    return ops.cast(share(output, total), examples.value.dtype)
+    return cast(share(output, total), examples.value.dtype)
 
 
 def _causal_sums(query, key, value, log_scale, examples):

@@ -16,28 +16,31 @@ from keras_pdattn.ops.indexing import (
 )
 
 
-def moments(x, mask=None):
-    """Mean and biased variance of each feature over time.
+def mean(x, mask=None):
+    """The mean of each feature over time.
 
     Args:
         x: tensor of shape `(batch, time, heads, depth)`.
         mask: boolean `(batch, time)`, or `None`; False is left out.
 
     Returns:
-        `(mean, variance)`, each `(batch, 1, heads, depth)`, zero where `mask`
-        leaves nothing.
+        Tensor `(batch, 1, heads, depth)`, zero where `mask` leaves nothing.
     """
     x = widen(x)
-    if mask is None:
-        # Not `ops.mean`, which computes float64 in float32 on some backends.
+    if mask is not None:
+        weight = append_axes(ops.cast(mask, x.dtype), 2)
+        x, count = x * weight, ops.maximum(ops.sum(weight, axis=1, keepdims=True), 1)
+    elif isinstance(x.shape[1], int):
+        count = max(x.shape[1], 1)
+    else:
         count = ops.cast(ops.maximum(ops.shape(x)[1], 1), x.dtype)
-        mean = ops.sum(x, axis=1, keepdims=True) / count
-        return mean, ops.sum(ops.square(x - mean), axis=1, keepdims=True) / count
-    weight = append_axes(ops.cast(mask, x.dtype), 2)
-    count = ops.maximum(ops.sum(weight, axis=1, keepdims=True), 1)
-    mean = ops.sum(x * weight, axis=1, keepdims=True) / count
-    variance = ops.sum(ops.square(x - mean) * weight, axis=1, keepdims=True) / count
-    return mean, variance
+    # Not `ops.mean`, which computes float64 in float32 on some backends.
+    return ops.sum(x, axis=1, keepdims=True) / count
+
+
+def variance(centred, mask=None):
+    """The mean square of each feature over time of what has a mean of zero; see `mean`."""
+    return mean(ops.square(widen(centred)), mask)
 
 
 def origin(x, mask=None):
