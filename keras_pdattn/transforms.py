@@ -175,11 +175,11 @@ class BatchNorm(Transform):
     def fit(self, key, mask):
         mean = statistics.mean(key, mask)
         variance = statistics.variance(widen(key) - mean, mask)
-        return mean, self._inverse_deviation(variance)
+        return mean, ops.sqrt(self._denominator(variance))
 
     def apply(self, x, statistics, weights):
-        mean, inverse = statistics
-        return (widen(x) - self._factor_on_mean(weights, mean.dtype) * mean) * inverse
+        mean, deviation = statistics
+        return (widen(x) - self._factor_on_mean(weights, mean.dtype) * mean) / deviation
 
     def has_causal_form(self, shift_invariant):
         return shift_invariant
@@ -194,13 +194,14 @@ class BatchNorm(Transform):
         mean = statistics.mean(examples.key, examples.mask)
         # Centred, whatever beta is: a common offset would eat the mantissa.
         centred = examples.with_keys(lambda key: widen(key) - mean)
-        inverse = self._inverse_deviation(statistics.variance(centred.key, examples.mask))
+        variance = self._denominator(statistics.variance(centred.key, examples.mask))
         x = widen(queries.x) - self._factor_on_mean(weights, mean.dtype) * mean
         if _is_half(dtype):
             # Where keys have no spread, 1 / epsilon is beyond float16: scale both, once each.
-            x, centred = x * inverse, centred.with_keys(lambda key: key * inverse)
+            deviation = ops.sqrt(variance)
+            x, centred = x / deviation, centred.with_keys(lambda key: key / deviation)
         else:
-            x = x * ops.square(inverse)
+            x = x / variance
         return _narrowed(queries.with_x(x), centred, dtype)
 
     def _fit_prefixes(self, queries, examples, weights):
@@ -212,19 +213,21 @@ class BatchNorm(Transform):
         """
         origin = statistics.origin(examples.key, examples.mask)
         centred = examples.with_keys(lambda key: widen(key) - origin)
-        moments = statistics.prefix_moments(centred.key, examples.limit, examples.mask)
+        limit = None if examples.has_limit_at_each() else examples.limit
+        moments = statistics.prefix_moments(centred.key, limit, examples.mask)
         if centred.own is not None:
             moments = statistics.append_example(moments, centred.own.key, centred.own.mask)
         count, mean, squares = moments
-        inverse = self._inverse_deviation(squares / ops.maximum(count, 1))
+        variance = self._denominator(squares / ops.maximum(count, 1))
         beta = self._factor_on_mean(weights, mean.dtype)
-        x = (widen(queries.x) - beta * origin - beta * mean) * ops.square(inverse)
+        x = (widen(queries.x) - beta * (origin + mean)) / variance
         dtype = queries.x.dtype
         # Where a prefix has no spread, 1 / epsilon is beyond float16.
         return _narrowed(queries.with_x(x), centred, x.dtype if _is_half(dtype) else dtype)
 
-    def _inverse_deviation(self, variance):
-        return ops.rsqrt(variance + self.epsilon) if self.scale else ops.ones_like(variance)
+    def _denominator(self, variance):
+        """What a product of a query and a key is divided by."""
+        return variance + self.epsilon if self.scale else ops.ones_like(variance)
 
     def _factor_on_mean(self, weights, dtype):
         if not self.center:

@@ -34,20 +34,3 @@ def is_double(dtype):
 def exp_of_at_most_zero(x):
     """`exp(min(x, 0))`, for `x` that is above zero only where it does not count."""
     return ops.exp(-ops.relu(-x))
-
-
-def cumulative_sum(x, axis):
-    """`keras.ops.cumsum` in the dtype of `x`, float64 included."""
-    total = ops.cumsum(x, axis=axis)
-    if total.dtype == x.dtype:
-        return total
-    # Keras took float64 for float32 on this backend: double the reach of each
-    # partial sum instead, until it is the length.
-    reach = 1
-    while reach < x.shape[axis]:
-        shape = list(x.shape)
-        shape[axis] = reach
-        kept = ops.take(x, ops.arange(x.shape[axis] - reach, dtype="int32"), axis=axis)
-        x = x + ops.concatenate([ops.zeros(shape, dtype=x.dtype), kept], axis=axis)
-        reach *= 2
-    return x

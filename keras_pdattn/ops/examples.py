@@ -118,6 +118,11 @@ class Examples:
         """Whether each query is fitted on its own prefix."""
         return self.limit is not None
 
+    def has_limit_at_each(self):
+        """Whether there is a query for each example, which sees it and all before."""
+        lengths = self.limit.shape[-1], self.key.shape[1]
+        return self.is_triangular and isinstance(lengths[0], int) and lengths[0] == lengths[1]
+
     @property
     def looks_back_only(self):
         """Whether a transform may mix no later key into an earlier one."""
@@ -136,8 +141,7 @@ class Examples:
         if self.visible is not None and self.visible.shape[1] != 1:
             parts["visible"] = native.split(self.visible, sizes, axis=1)
         return [
-            dataclasses.replace(self, **dict(zip(parts, values)))
-            for values in zip(*parts.values())
+            dataclasses.replace(self, **dict(zip(parts, values))) for values in zip(*parts.values())
         ]
 
     def projected(self):

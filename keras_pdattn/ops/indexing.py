@@ -78,12 +78,14 @@ def join_axes(x, axis):
 
 def lead_with_zero(x):
     """Puts a zero in front of `x` along time."""
-    return ops.pad(x, [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))
+    return ops.concatenate([ops.zeros_like(x[:, :1]), x], axis=1)
 
 
-def delay(x):
-    """Shifts `x` one step later along time, a zero coming in."""
-    return lead_with_zero(x)[:, :-1]
+def delay(x, axis, steps=1):
+    """Shifts `x` some steps later along `axis`, zeros coming in."""
+    lead = (slice(None),) * axis
+    zeros = ops.zeros_like(x[lead + (slice(0, steps),)])
+    return ops.concatenate([zeros, x[lead + (slice(0, -steps),)]], axis=axis)
 
 
 def coordinates(position, grid):

@@ -7,7 +7,7 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn.ops import masks
-from keras_pdattn.ops.dtypes import accumulator, cast, cumulative_sum
+from keras_pdattn.ops.dtypes import accumulator, cast
 from keras_pdattn.ops.examples import Examples, OwnExample
 from keras_pdattn.ops.indexing import (
     append_axes,
@@ -20,6 +20,7 @@ from keras_pdattn.ops.indexing import (
     take_along_time,
     to_grid,
 )
+from keras_pdattn.ops.sums import cumulative_sum
 
 
 def pooled_examples(keys, query_length, scale, reduction="mean"):

@@ -8,7 +8,7 @@ the keys of the chunk itself in the dual form.
 
 from keras import ops
 
-from keras_pdattn.ops.dtypes import cast, cumulative_sum, exp_of_at_most_zero, widen
+from keras_pdattn.ops.dtypes import cast, exp_of_at_most_zero, widen
 from keras_pdattn.ops.indexing import (
     append_axes,
     delay,
@@ -19,6 +19,7 @@ from keras_pdattn.ops.indexing import (
     zero_where_masked,
 )
 from keras_pdattn.ops.kernels import share
+from keras_pdattn.ops.sums import cumulative_sum
 
 #: Keys in a chunk of the causal form: as many as a state has rows, within these.
 LEAST_CHUNK, MOST_CHUNK = 64, 256
@@ -93,11 +94,11 @@ def primal_attention(query, examples):
     if log_scale is not None and examples.mask is not None:
         log_scale = ops.where(append_axes(examples.mask, 1), log_scale, UNSEEN)
     if examples.is_causal:
-        value = _with_normaliser(examples.value)
-        both, log_factor = _causal_sums(query, key, value, log_scale, examples)
+        output, total, log_factor = _causal_sums(
+            query, key, widen(examples.value), log_scale, examples
+        )
         if examples.own is not None:
-            both = _add_own(both, log_factor, query, examples.own)
-        output, total = both[..., :-1], both[..., -1:]
+            output, total = _add_own(output, total, log_factor, query, examples.own)
     else:
         if log_scale is not None:
             largest = ops.stop_gradient(ops.max(log_scale, axis=1, keepdims=True))
@@ -105,14 +106,15 @@ def primal_attention(query, examples):
         state = ops.einsum("bmhf,bmhd->bhfd", key, widen(examples.value))
         output = ops.einsum("bthf,bhfd->bthd", query, state)
         total = ops.einsum("bthf,bhf->bth", query, ops.sum(key, axis=1))
-        total = ops.expand_dims(total, axis=-1)
-    return cast(share(output, total), examples.value.dtype)
+    return cast(share(output, ops.expand_dims(total, axis=-1)), examples.value.dtype)
 
 
 def _causal_sums(query, key, value, log_scale, examples):
-    """Sums of kernel times `value` over what each query sees, `(B, T, H, Dv + 1)`.
+    """Sums of kernel times `value`, and of the kernel, over what each query sees.
 
-    With them the logarithms `(B, T, H)` of the factors left off them, or `None`.
+    Returns:
+        `(sums, totals, log_factor)`: `(B, T, H, Dv)`, `(B, T, H)`, and the logarithms of the
+        factors left off both, `(B, T, H)` or `None`.
     """
     length, start = ops.shape(query)[1], examples.start
     if start is None:
@@ -120,12 +122,11 @@ def _causal_sums(query, key, value, log_scale, examples):
     # By step, so that the windows of all sequences begin a chunk together.
     step = ops.expand_dims(start, axis=1) + ops.arange(length, dtype="int32")
     query = take_along_time(query, ops.minimum(step, length - 1))
-    sums, log_factor = _chunked_sums(query, key, value, log_scale, examples)
+    sums = _chunked_sums(query, key, value, log_scale, examples)
     step = ops.arange(length, dtype="int32") - ops.expand_dims(start, axis=1)
     # Those before the start see nothing, as the query at the first step.
     step = ops.maximum(step, 0)
-    log_factor = None if log_factor is None else take_along_time(log_factor, step)
-    return take_along_time(sums, step), log_factor
+    return tuple(None if x is None else take_along_time(x, step) for x in sums)
 
 
 def _chunked_sums(query, key, value, log_scale, examples):
@@ -134,35 +135,42 @@ def _chunked_sums(query, key, value, log_scale, examples):
     rows, count = chunk * examples.stride, num_chunks(length, key.shape[-1], examples.stride)
 
     def chunks(x, size, fill=0):
-        return split_axis(fit_axis(x, 1, count * size, fill), 1, size)
+        """Cuts `(B, T, H, ...)` into `(B, H, n, size, ...)`."""
+        return split_axis(ops.swapaxes(fit_axis(x, 1, count * size, fill), 1, 2), 2, size)
+
+    def by_query(x):
+        return None if x is None else ops.swapaxes(join_axes(x, 2), 1, 2)[:, :length]
 
     query, key, value = chunks(query, rows), chunks(key, chunk), chunks(value, chunk)
-    limit = ops.arange(rows, dtype="int32") // examples.stride
-    limit = limit + 1 if examples.is_triangular else limit
-    seen = ops.arange(chunk, dtype="int32") < ops.expand_dims(limit, axis=1)
-    products = ops.where(seen, ops.einsum("bnqhf,bnkhf->bnhqk", query, key), 0.0)
-    log_factor = None
+    products, log_factor = ops.einsum("bhnqf,bhnkf->bhnqk", query, key), None
+    seen = _seen_in_chunk(rows, chunk, examples)
+    products = ops.where(seen, products, 0.0)
     if log_scale is None:
-        states = delay(cumulative_sum(_sums(key, value), axis=1))
-        sums = ops.einsum("bnqhf,bnhfd->bnqhd", query, states)
+        states = [delay(cumulative_sum(x, axis=2), axis=2) for x in _states(key, value)]
     else:
         log_scale = chunks(log_scale, chunk, fill=UNSEEN)
-        states, reached = _scaled_states(key, value, log_scale)
-        sums = ops.einsum("bnqhf,bnhfd->bnqhd", query, states)
+        *states, reached = _scaled_states(key, value, log_scale)
         # The largest factor that each query sees is left off its sums.
-        log_scale = ops.expand_dims(ops.transpose(log_scale, (0, 1, 3, 2)), axis=3)
+        log_scale, reached = (ops.expand_dims(x, axis=3) for x in (log_scale, reached))
         largest = ops.max(ops.where(seen, log_scale, UNSEEN), axis=-1)
-        largest = ops.maximum(largest, ops.expand_dims(reached, axis=-1))
-        largest = ops.stop_gradient(largest)
-        products = products * exp_of_at_most_zero(log_scale - append_axes(largest, 1))
-        log_factor = ops.transpose(largest, (0, 1, 3, 2))
-        sums = sums * append_axes(ops.exp(ops.expand_dims(reached, axis=2) - log_factor), 1)
-        log_factor = join_axes(log_factor, 1)[:, :length]
-    sums = sums + ops.einsum("bnhqk,bnkhd->bnqhd", products, value)
-    return join_axes(sums, 1)[:, :length], log_factor
+        log_factor = ops.stop_gradient(ops.maximum(largest, reached))
+        products = products * exp_of_at_most_zero(log_scale - append_axes(log_factor, 1))
+        query = query * append_axes(ops.exp(reached - log_factor), 1)
+    state, key_sum = states
+    sums = ops.einsum("bhnqf,bhnfd->bhnqd", query, state)
+    sums = sums + ops.einsum("bhnqk,bhnkd->bhnqd", products, value)
+    totals = ops.einsum("bhnqf,bhnf->bhnq", query, key_sum) + ops.sum(products, axis=-1)
+    return tuple(by_query(x) for x in (sums, totals, log_factor))
 
 
-def _add_own(sums, log_factor, query, own):
+def _seen_in_chunk(rows, chunk, examples):
+    """Boolean `(rows, chunk)`: which query of a chunk sees which of its keys."""
+    limit = ops.arange(rows, dtype="int32") // examples.stride
+    limit = limit + 1 if examples.is_triangular else limit
+    return ops.arange(chunk, dtype="int32") < ops.expand_dims(limit, axis=1)
+
+
+def _add_own(sums, totals, log_factor, query, own):
     """Adds each query's own example to its sums, which carry a factor then that cancels."""
     key, log_scale = zero_where_masked(own.key, own.mask), own.log_scale
     kernel = ops.sum(query * key, axis=-1)
@@ -170,35 +178,35 @@ def _add_own(sums, log_factor, query, own):
         if own.mask is not None:
             log_scale = ops.where(append_axes(own.mask, 1), log_scale, UNSEEN)
         largest = ops.stop_gradient(ops.maximum(log_factor, log_scale))
-        sums = sums * append_axes(ops.exp(log_factor - largest), 1)
+        factor = ops.exp(log_factor - largest)
+        sums, totals = sums * append_axes(factor, 1), totals * factor
         kernel = kernel * ops.exp(log_scale - largest)
-    return sums + append_axes(kernel, 1) * _with_normaliser(own.value)
+    return sums + append_axes(kernel, 1) * widen(own.value), totals + kernel
 
 
-def _with_normaliser(value):
-    """Appends the column whose weighted sum is the normaliser."""
-    value = widen(value)
-    return ops.concatenate([value, ops.ones_like(value[..., :1])], axis=-1)
-
-
-def _sums(key, value):
-    """The state of each chunk alone, `(B, n, H, F, Dv + 1)`."""
-    return ops.einsum("bnkhf,bnkhd->bnhfd", key, value)
+def _states(key, value):
+    """Of each chunk alone: its state, `(B, H, n, F, Dv)`, and the sum of its keys."""
+    return ops.einsum("bhnkf,bhnkd->bhnfd", key, value), ops.sum(key, axis=3)
 
 
 def _scaled_states(key, value, log_scale):
-    """The states before each chunk, and the logarithms `(B, n, H)` of the factors left off them."""
-    largest = ops.stop_gradient(ops.max(log_scale, axis=2))
-    key = key * append_axes(ops.exp(log_scale - ops.expand_dims(largest, axis=2)), 1)
+    """States and sums of keys before each chunk, and the logarithms of factors left off these.
+
+    The logarithms are `(B, H, n)`.
+    """
+    largest = ops.stop_gradient(ops.max(log_scale, axis=3))
+    key = key * append_axes(ops.exp(log_scale - ops.expand_dims(largest, axis=3)), 1)
 
     def step(carry, chunk):
-        (state, reached), (sums, here) = carry, chunk
+        (state, key_sum, reached), (its_state, its_key_sum, here) = carry, chunk
         reaches = ops.maximum(reached, here)
-        kept, added = (append_axes(ops.exp(x - reaches), 2) for x in (reached, here))
-        return (state * kept + sums * added, reaches), carry
+        kept, added = (ops.exp(x - reaches) for x in (reached, here))
+        state = state * append_axes(kept, 2) + its_state * append_axes(added, 2)
+        key_sum = key_sum * append_axes(kept, 1) + its_key_sum * append_axes(added, 1)
+        return (state, key_sum, reaches), carry
 
-    sums = ops.swapaxes(_sums(key, value), 0, 1)
-    here = ops.swapaxes(largest, 0, 1)
-    init = (ops.zeros_like(sums[0]), ops.full_like(here[0], UNSEEN))
-    _, (states, reached) = ops.scan(step, init, (sums, here))
-    return ops.swapaxes(states, 0, 1), ops.swapaxes(reached, 0, 1)
+    chunks = [ops.moveaxis(x, 2, 0) for x in (*_states(key, value), largest)]
+    state, key_sum, here = (x[0] for x in chunks)
+    init = ops.zeros_like(state), ops.zeros_like(key_sum), ops.full_like(here, UNSEEN)
+    _, before = ops.scan(step, init, tuple(chunks))
+    return [ops.moveaxis(x, 0, 2) for x in before]

@@ -6,14 +6,9 @@ numbers: keys whose mean is many times their spread keep their variance.
 
 from keras import ops
 
-from keras_pdattn.ops.dtypes import cumulative_sum, widen
-from keras_pdattn.ops.indexing import (
-    append_axes,
-    delay,
-    first_valid,
-    lead_with_zero,
-    take_along_time,
-)
+from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.indexing import append_axes, first_valid, lead_with_zero, take_along_time
+from keras_pdattn.ops.sums import cumulative_sum
 
 
 def mean(x, mask=None):
@@ -64,7 +59,7 @@ def prefix_moments(x, limit, mask=None):
     Args:
         x: tensor of shape `(batch, time, heads, depth)`, centred by the caller.
         limit: integer tensor `(queries,)` or `(batch, queries)`, the lengths of
-            the prefixes, 0 to time.
+            the prefixes, 0 to time; `None` if these are 1, 2, ..., time.
         mask: boolean `(batch, time)`, or `None`; False is left out.
 
     Returns:
@@ -75,11 +70,14 @@ def prefix_moments(x, limit, mask=None):
     weight = ops.ones_like(x[:1, :, 0, 0]) if mask is None else ops.cast(mask, x.dtype)
     weight = append_axes(weight, 2)
     count = cumulative_sum(weight, axis=1)
-    mean = cumulative_sum(x * weight, axis=1) / ops.maximum(count, 1)
-    deviation = x - delay(mean)
-    share = weight * (count - weight) / ops.maximum(count, 1)
-    squares = cumulative_sum(share * ops.square(deviation), axis=1)
-    return tuple(take_along_time(lead_with_zero(y), limit) for y in (count, mean, squares))
+    mean = cumulative_sum(x if mask is None else x * weight, axis=1) / ops.maximum(count, 1)
+    # From the mean that takes an example in; the first is its own mean.
+    share = weight * count / ops.maximum(count - 1, 1)
+    squares = cumulative_sum(share * ops.square(x - mean), axis=1)
+    moments = count, mean, squares
+    if limit is None:
+        return moments
+    return tuple(take_along_time(lead_with_zero(y), limit) for y in moments)
 
 
 def append_example(moments_before, x, mask=None):
