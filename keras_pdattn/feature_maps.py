@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn import descriptions, validation
-from keras_pdattn.ops import kernels, native, states
+from keras_pdattn.ops import fused, kernels, native, states
 from keras_pdattn.ops.dtypes import widen
 from keras_pdattn.ops.dual import dual_attention
 from keras_pdattn.ops.indexing import append_axes
@@ -155,6 +155,8 @@ class FeatureMap(descriptions.WeightedMember):
                 f"Received: feature_map={self!r}, flash_attention={flash_attention}, form={form!r}"
             )
         query, examples = native.heads_apart(widen(query)), examples.with_keys(_widen_apart)
+        if examples.is_causal:  # Where values are needed twice.
+            examples = dataclasses.replace(examples, value=native.heads_apart(examples.value))
         if form is None and self.uses_primal_form(query, examples, weights, return_weights):
             query = self.query_features(query, weights)
             examples = examples.with_scaled_keys(lambda key: self.key_features(key, weights))
@@ -232,19 +234,18 @@ class Softmax(FeatureMap):
 
     def attend(self, query, examples, weights, dropout, return_weights, flash_attention, form):
         scale = query.shape[-1] ** -0.5
-        needs_weights = return_weights or dropout is not None or examples.own is not None
-        can_fuse = not needs_weights and kernels.can_fuse(examples.key, examples.value)
+        can_fuse = not return_weights and dropout is None and fused.can_fuse(examples)
         insists = flash_attention or form == "fused"
-        if insists and not can_fuse:
+        if insists and not (can_fuse and examples.own is None):
             raise ValueError(
                 "`flash_attention=True` and `form='fused'` can't be kept: dropout, attention "
                 "scores, causal scaled heads, float64 and, on JAX, values of another depth than "
                 "keys need the attention weights themselves. "
                 f"Received: flash_attention={flash_attention}, form={form!r}"
             )
-        if insists or (form is None and can_fuse and kernels.has_kernel(examples.value.dtype)):
+        if insists or (form is None and can_fuse and fused.is_fastest(query, examples)):
             attend = functools.partial(
-                kernels.fused_softmax_attention, scale=scale, flash_attention=flash_attention
+                fused.fused_softmax_attention, scale=scale, flash_attention=flash_attention
             )
             if not insists and examples.has_bands():
                 return banded_attention(query, examples, attend), None, None

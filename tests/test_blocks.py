@@ -15,8 +15,9 @@ from problems import assert_close
 from test_forms import arrays, check_same, value_and_gradients
 
 from keras_pdattn import Primal, layers, ops, primals
-from keras_pdattn.ops import dual
+from keras_pdattn.ops import dual, fused
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
+from keras_pdattn.transforms import BatchNorm
 
 #: Members that work through the weights of all pairs.
 DUAL = [
@@ -34,6 +35,8 @@ def small_blocks(monkeypatch):
     """Blocks of 8 queries, so that short sequences take several."""
     monkeypatch.setattr(dual, "LEAST_BLOCK", 8)
     monkeypatch.setattr(dual, "MOST_BLOCK", 8)
+    monkeypatch.setattr(fused, "CAUSAL_BLOCK", 8)
+    monkeypatch.setattr(fused, "LEAST_WITH_OWN", 0)
 
 
 def masks_of(kind, query_length, key_length):
@@ -79,10 +82,46 @@ def test_blocks_of_any_length(small_blocks, length):
 def test_the_kernel_of_the_backend(is_causal, kind):
     inputs = arrays(21, 18, batch=2)
     options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
-    whole, fused = (
+    whole, by_kernel = (
         value_and_gradients(Primal(), inputs, form=form, **options) for form in ("whole", "fused")
     )
-    check_same(fused, whole)
+    check_same(by_kernel, whole)
+
+
+#: Members whose causal queries see what a kernel has no flag for.
+OWN = Primal(training_set=ScaledHeads((1, 3)))
+# With a usual epsilon, scores of a prefix without spread are hundreds, of whose exponentials
+# a kernel's backward pass rounds off a tenth of a permille: a test of conditioning.
+OWN_NORMALISED = Primal(transform=BatchNorm(epsilon=0.1), training_set=ScaledHeads((2, 3)))
+WIDE_WINDOW = Primal(training_set=SlidingWindow(17, global_tokens=2))
+
+
+@pytest.mark.parametrize("lengths", [(21, 18), (18, 21), (16, 16)], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "padded", "by head"])
+@pytest.mark.parametrize("primal", [Primal(), OWN, OWN_NORMALISED, WIDE_WINDOW], ids=str)
+def test_causal_kernel_in_blocks(small_blocks, primal, kind, lengths):
+    """What is fastest here, for every limit that a causal query may have besides."""
+    inputs = arrays(*lengths, batch=2)
+    options = {"is_causal": True, **masks_of(kind, *lengths)}
+    whole, fastest = (
+        value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", None)
+    )
+    check_same(fastest, whole, tolerance=5e-5)
+
+
+def test_the_kernel_is_taken(monkeypatch):
+    """On torch, and where the own window of a causal query needs a key of its own too."""
+    taken, attend = [], fused.fused_softmax_attention
+
+    def record(query, examples, **options):
+        taken.append(examples.own is not None)
+        return attend(query, examples, **options)
+
+    monkeypatch.setattr(fused, "fused_softmax_attention", record)
+    inputs = arrays(fused.LEAST_WITH_OWN + 1)
+    for is_causal in (False, True):
+        ops.attention(*inputs, OWN, is_causal=is_causal)
+    assert taken == ([False, False, False, True] if backends.BACKEND == "torch" else [])
 
 
 def test_long_sequences_take_blocks_or_a_kernel():
@@ -96,21 +135,47 @@ def test_long_sequences_take_blocks_or_a_kernel():
         assert math.log2(size).is_integer()
 
 
-@pytest.mark.skipif(backends.BACKEND != "jax", reason="shapes of all tensors are seen by JAX alone")
+@pytest.mark.skipif(backends.BACKEND == "tensorflow", reason="XLA shows no shapes of tensors")
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("primal", ["softmax", "batch_norm", "scaled_head", "sliding_window"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
-def test_no_tensor_has_all_pairs(primal, is_causal):
+def test_no_tensor_has_all_pairs(primal, is_causal, dropout):
     """Forward and backward, with padding, dropout and causality, at 2,048 tokens."""
-    import jax
-
     inputs, key_mask = arrays(2048, heads=4), np.arange(2048)[None] < 2000
 
     def loss(*tensors):
-        options = {"key_mask": key_mask, "is_causal": is_causal, "dropout": 0.1, "seed": 1}
+        options = {"key_mask": key_mask, "is_causal": is_causal, "dropout": dropout, "seed": 1}
         return keras.ops.sum(ops.attention(*tensors, primal, **options))
 
-    jaxpr = jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*inputs)
-    assert largest_tensor(jaxpr.jaxpr) < 2048 * 2048
+    largest = largest_on_torch if backends.BACKEND == "torch" else largest_on_jax
+    assert 2048 * 16 <= largest(loss, inputs) < 2048 * 2048
+
+
+def largest_on_jax(loss, inputs):
+    import jax
+
+    return largest_tensor(jax.make_jaxpr(jax.grad(loss, argnums=(0, 1, 2)))(*inputs).jaxpr)
+
+
+def largest_on_torch(loss, inputs):
+    """The most entries of any tensor that calls of torch's operations make."""
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        largest = 0
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            made = function(*args, **(kwargs or {}))
+            for x in made if isinstance(made, (tuple, list)) else [made]:
+                if isinstance(x, torch.Tensor):
+                    self.largest = max(self.largest, x.untyped_storage().nbytes() // 4)
+            return made
+
+    tensors = [torch.tensor(x, requires_grad=True) for x in inputs]
+    with Recorder() as recorder:
+        torch.autograd.grad(loss(*tensors), tensors)
+    return recorder.largest
 
 
 def largest_tensor(jaxpr):

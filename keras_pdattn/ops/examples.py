@@ -211,6 +211,31 @@ class Examples:
             )
         return dataclasses.replace(self, **changes)
 
+    def of_block(self, block):
+        """The examples as a block of queries, a slice, sees them; causally up to the last one."""
+        pieces = {
+            name: x[(slice(None),) * axis + (block,)] for name, (x, axis) in self.by_query().items()
+        }
+        examples = self.of_queries(pieces)
+        if self.is_causal:
+            examples = examples.first(-(-block.stop // self.stride))
+        if self.own is None:
+            return examples
+        key, value = self.own.key[:, block], self.own.value[:, block]
+        own = dataclasses.replace(examples.own, key=key, value=value)
+        return dataclasses.replace(examples, own=own)
+
+    def first(self, count):
+        """The first `count` examples."""
+        changes = {"key": self.key[:, :count], "value": self.value[:, :count]}
+        if self.mask is not None:
+            changes["mask"] = self.mask[:, :count]
+        if self.visible is not None:
+            changes["visible"] = self.visible[..., :count]
+        if self.window is not None:
+            changes["window"] = self.window.first(count)
+        return dataclasses.replace(self, **changes)
+
     def has_bands(self):
         """Whether a window leaves so little to each query that the rest need not be looked at."""
         if self.window is None or self.visible is not None:

@@ -1,12 +1,10 @@
-"""Kernels, normalised over what each query sees, and what each backend does best with them."""
-
-import functools
+"""Kernels, normalised over what each query sees."""
 
 import keras
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import accumulator, cast, exp_of_at_most_zero, is_double, widen
+from keras_pdattn.ops.dtypes import accumulator, cast, exp_of_at_most_zero, widen
 from keras_pdattn.ops.indexing import append_axes
 
 #: The logarithm of a factor that leaves nothing.
@@ -83,55 +81,7 @@ def for_products(x):
     TensorFlow, and XLA on a CPU, add up 16-bit products in 16 bits: long sums
     stall, and on TensorFlow scores overflow float16 before they are scaled.
     """
-    return x if keras.backend.backend() == "torch" or _jax_runs_on_gpu() else widen(x)
-
-
-@functools.cache
-def _jax_runs_on_gpu():
-    if keras.backend.backend() != "jax":
-        return False
-    return not keras.distribution.list_devices()[0].startswith("cpu")
-
-
-def can_fuse(key, value):
-    """Whether the backend's op for softmax attention takes these depths and keeps this dtype."""
-    if is_double(value.dtype):
-        return False
-    return keras.backend.backend() != "jax" or key.shape[-1] == value.shape[-1]
-
-
-def has_kernel(dtype):
-    """Whether that op is a kernel that writes down no weights, and so the fastest.
-
-    It is on torch, and for 16 bits on JAX on a GPU.
-    """
-    is_narrow = accumulator(dtype) != keras.backend.standardize_dtype(dtype)
-    return keras.backend.backend() == "torch" or (_jax_runs_on_gpu() and is_narrow)
-
-
-def fused_softmax_attention(query, examples, scale, flash_attention=None):
-    """Softmax attention by the backend's own kernel, the weights never written down.
-
-    Args:
-        query: `(B, T, H, D)`.
-        examples: `Examples` without own ones.
-        scale: factor on the products of queries and keys.
-        flash_attention: as in `keras.ops.dot_product_attention`.
-
-    Returns:
-        The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
-    """
-    tensors = query, examples.key, examples.value
-    if not flash_attention:
-        tensors = [for_products(tensor) for tensor in tensors]
-    output = native.softmax_attention(
-        *tensors, examples.kernel_mask(), scale, examples.is_triangular, flash_attention
-    )
-    sighted = examples.sighted()
-    if sighted is not None:
-        # The kernels give the mean of all values where every score is masked.
-        output = ops.where(in_output_layout(sighted), output, 0.0)
-    return cast(output, examples.value.dtype)
+    return x if keras.backend.backend() == "torch" or native.jax_runs_on_gpu() else widen(x)
 
 
 def in_output_layout(rows):

@@ -8,8 +8,6 @@ from keras import ops
 
 #: What is added to a score that is not to count.
 UNSEEN = -1e30
-#: Queries that see a mask of their own and earlier keys, on torch.
-CAUSAL_BLOCK = 1024
 
 
 def linear(x, kernel, bias=None, num_widths=1):
@@ -75,41 +73,21 @@ def _torch_softmax_attention(query, key, value, mask, scale, is_causal):
     """Chooses flash attention by itself; asking beforehand would break a compiled graph."""
     import torch
 
-    attend = functools.partial(torch.nn.functional.scaled_dot_product_attention, scale=scale)
-    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if mask is None:
-        output = attend(query, key, value, is_causal=is_causal)
-    elif is_causal:
-        output = _torch_causal_attention(query, key, value, mask, attend)
-    else:
-        output = attend(query, key, value, attn_mask=_additive(mask, query))
+    if mask is not None:
+        # Not `-inf`, of which a row that sees nothing would make NaN.
+        mask = torch.where(mask, 0.0, UNSEEN).to(query.dtype)
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    output = attend(*heads_first, attn_mask=mask, scale=scale, is_causal=is_causal)
     return output.transpose(1, 2)
 
 
-def _torch_causal_attention(query, key, value, mask, attend):
-    """A block of queries after the other: torch takes causality as a mask of pairs if any other."""
-    import torch
-
-    @keras.remat
-    def attend_block(query, key, value, mask, start):
-        position = torch.arange(start, start + query.shape[2], device=query.device)
-        earlier = torch.arange(key.shape[2], device=query.device) <= position[:, None]
-        return attend(query, key, value, attn_mask=_additive(mask & earlier, query))
-
-    outputs = []
-    for start in range(0, query.shape[2], CAUSAL_BLOCK):
-        stop = start + CAUSAL_BLOCK
-        of_block = mask if mask.shape[2] == 1 else mask[:, :, start:stop]
-        seen = key[:, :, :stop], value[:, :, :stop], of_block[..., :stop]
-        outputs.append(attend_block(query[:, :, start:stop], *seen, start))
-    return torch.cat(outputs, dim=2)
-
-
-def _additive(mask, query):
-    """What is added to scores; not `-inf`, of which a row that sees nothing would make NaN."""
-    import torch
-
-    return torch.where(mask, 0.0, UNSEEN).to(query.dtype)
+@functools.cache
+def jax_runs_on_gpu():
+    """Whether the backend is JAX, on a GPU."""
+    if keras.backend.backend() != "jax":
+        return False
+    return not keras.distribution.list_devices()[0].startswith("cpu")
 
 
 def exp_below_zero(x):

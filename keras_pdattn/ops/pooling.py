@@ -180,6 +180,10 @@ class Windows:
 
     def running_counts(self):
         """The number of members of its window up to each step, `(B or 1, M * size)`."""
+        if self.has_all_keys:
+            step = ops.arange(self.num_steps, dtype="int32")
+            counts = ops.minimum(step, self.length - 1) - step // self.size * self.size + 1
+            return ops.cast(ops.expand_dims(counts, axis=0), self.dtype)
         return join_axes(cumulative_sum(self.split(self.member), axis=2), 1)
 
     def mean(self, x):
@@ -219,6 +223,8 @@ class Windows:
 
     def reach(self, x, steps):
         """Reads `x`, `(B, M * size, ...)`, at `steps`, beyond the ends at the nearest."""
+        if self.start is None and _is_at_most(steps.shape[0], self.num_steps):
+            return x[:, : steps.shape[0]]
         last = self.num_steps - 1
         return take_along_time(x, ops.minimum(ops.maximum(steps, 0), last))
 
@@ -227,8 +233,7 @@ class Windows:
         if is_padded:
             some = self.reach(self.running_counts() > 0, steps)
             return some & (steps >= 0) & (steps < self.num_steps)
-        lengths = query_length, self.num_steps
-        if all(isinstance(length, int) for length in lengths) and query_length <= self.num_steps:
+        if _is_at_most(query_length, self.num_steps):
             return None
         return ops.expand_dims(steps < self.num_steps, axis=0)
 
@@ -270,6 +275,11 @@ class Windows:
             return x[..., : self.length]
         known = ops.expand_dims(self.step >= 0, axis=(1, 2) if len(self.step.shape) == 2 else (0,))
         return ops.where(known, _take_along_last(x, ops.maximum(self.step, 0)), 0.0)
+
+
+def _is_at_most(length, other):
+    """Whether the one length is known to be at most the other."""
+    return isinstance(length, int) and isinstance(other, int) and length <= other
 
 
 def _first_coordinates(keys):

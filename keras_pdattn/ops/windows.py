@@ -61,6 +61,11 @@ class Window:
         """The number of axes that the window is a box over."""
         return 1 if self.key_grid is None else len(self.key_grid)
 
+    def first(self, count):
+        """The window over the first `count` keys."""
+        length = min(count, self.key_length)
+        return dataclasses.replace(self, key_length=length, valid=self.valid[:, :count])
+
     def visibility(self):
         """Boolean `(B or 1, 1, T, S)`: which query is near which key, or either is global."""
         near = None
