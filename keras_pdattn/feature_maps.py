@@ -290,7 +290,7 @@ class Elu(FeatureMap):
 
     def query_features(self, x, weights):
         # Of negative numbers alone the largest is taken off, lest nothing is left of any.
-        largest = ops.max(ops.stop_gradient(x), axis=-1, keepdims=True)
+        largest = native.largest(ops.stop_gradient(x), axis=-1, keepdims=True)
         return self.features(x - ops.minimum(largest, 0.0), weights)
 
 
@@ -482,7 +482,7 @@ class PositiveRandom(FeatureMap):
         omega = ops.cast(weights["omega"], x.dtype)
         exponent = ops.einsum("bthd,mhd->bthm", x, omega)
         exponent = exponent - 0.5 * ops.sum(ops.square(x), axis=-1, keepdims=True)
-        largest = ops.stop_gradient(ops.max(exponent, axis=-1))
+        largest = ops.stop_gradient(native.largest(exponent, axis=-1))
         phi = ops.exp(exponent - append_axes(largest, 1)) * self.num_features**-0.5
         return phi, largest
 

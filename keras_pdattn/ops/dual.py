@@ -5,6 +5,7 @@ from typing import Any
 
 from keras import ops
 
+from keras_pdattn.ops import native
 from keras_pdattn.ops.blocks import map_blocks
 from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import swap_heads_and_time
@@ -15,6 +16,8 @@ from keras_pdattn.ops.windows import banded_attention
 #: queries that share a block. Chosen by `benchmarks/blocks.py`.
 MOST_WEIGHTS = 2**22
 LEAST_BLOCK, MOST_BLOCK = 32, 256
+#: How many times as many there may be on a GPU, which small blocks would leave idle.
+TIMES_ON_GPU = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -175,10 +178,12 @@ def _attend_in_blocks(operands, examples, weigh, dropout):
 
 def block_size(batch_and_heads, num_examples):
     """How many queries share a block: a power of two."""
-    of_query = num_examples or MOST_WEIGHTS
+    times = TIMES_ON_GPU if native.runs_on_gpu() else 1
+    of_query = num_examples or times * MOST_WEIGHTS
     for size in batch_and_heads:
         of_query *= size or 1
-    most = min(max(MOST_WEIGHTS // max(of_query, 1), LEAST_BLOCK), MOST_BLOCK)
+    most = times * MOST_WEIGHTS // max(of_query, 1)
+    most = min(max(most, LEAST_BLOCK), times * MOST_BLOCK)
     return 2 ** (most.bit_length() - 1)
 
 

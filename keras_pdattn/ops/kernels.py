@@ -23,7 +23,7 @@ def masked_softmax(logits, log_scale=None, visible=None):
         logits = ops.where(visible, logits, NOTHING)
     if keras.backend.backend() == "jax":
         # To divide the output and not the weights saves XLA passes over all pairs.
-        largest = ops.stop_gradient(ops.max(logits, axis=-1, keepdims=True))
+        largest = ops.stop_gradient(native.largest(logits, axis=-1, keepdims=True))
         weights = ops.exp(logits - largest)
         total = ops.sum(weights, axis=-1, keepdims=True)
     else:
@@ -46,7 +46,7 @@ def masked_kernel(kernel, log_scale=None, visible=None):
     """`kernel`, each example's times `exp(log_scale)`, and its sum along the last axis."""
     if log_scale is not None:
         seen = log_scale if visible is None else ops.where(visible, log_scale, NOTHING)
-        largest = ops.stop_gradient(ops.max(seen, axis=-1, keepdims=True))
+        largest = ops.stop_gradient(native.largest(seen, axis=-1, keepdims=True))
         kernel = kernel * exp_of_at_most_zero(log_scale - largest)
     if visible is not None:
         kernel = ops.where(visible, kernel, 0.0)

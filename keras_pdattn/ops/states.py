@@ -8,6 +8,7 @@ the keys of the chunk itself in the dual form.
 
 from keras import ops
 
+from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import cast, exp_of_at_most_zero, widen
 from keras_pdattn.ops.indexing import (
     append_axes,
@@ -101,7 +102,7 @@ def primal_attention(query, examples):
             output, total = _add_own(output, total, log_factor, query, examples.own)
     else:
         if log_scale is not None:
-            largest = ops.stop_gradient(ops.max(log_scale, axis=1, keepdims=True))
+            largest = ops.stop_gradient(native.largest(log_scale, axis=1, keepdims=True))
             key = key * append_axes(ops.exp(log_scale - largest), 1)
         state = ops.einsum("bmhf,bmhd->bhfd", key, widen(examples.value))
         output = ops.einsum("bthf,bhfd->bthd", query, state)
@@ -152,7 +153,7 @@ def _chunked_sums(query, key, value, log_scale, examples):
         *states, reached = _scaled_states(key, value, log_scale)
         # The largest factor that each query sees is left off its sums.
         log_scale, reached = (ops.expand_dims(x, axis=3) for x in (log_scale, reached))
-        largest = ops.max(ops.where(seen, log_scale, UNSEEN), axis=-1)
+        largest = native.largest(ops.where(seen, log_scale, UNSEEN), axis=-1)
         log_factor = ops.stop_gradient(ops.maximum(largest, reached))
         products = products * exp_of_at_most_zero(log_scale - append_axes(log_factor, 1))
         query = query * append_axes(ops.exp(reached - log_factor), 1)
@@ -194,7 +195,7 @@ def _scaled_states(key, value, log_scale):
 
     The logarithms are `(B, H, n)`.
     """
-    largest = ops.stop_gradient(ops.max(log_scale, axis=3))
+    largest = ops.stop_gradient(native.largest(log_scale, axis=3))
     key = key * append_axes(ops.exp(log_scale - ops.expand_dims(largest, axis=3)), 1)
 
     def step(carry, chunk):

@@ -1,0 +1,46 @@
+"""Torch's own operations; imported where it is the backend."""
+
+import torch
+from torch.compiler import is_compiling  # noqa: F401
+from torch.nn import functional
+
+#: What is added to a score that is not to count: not `-inf`, of which a row that sees nothing
+#: would make NaN.
+UNSEEN = -1e30
+
+
+def linear(x, kernel, bias, num_widths):
+    x = x if num_widths == 1 else x.flatten(-num_widths)
+    matrix = kernel.reshape(x.shape[-1], -1).t()
+    x = functional.linear(x, matrix, None if bias is None else bias.reshape(-1))
+    return x.unflatten(-1, kernel.shape[num_widths:])
+
+
+def softmax_attention(query, key, value, mask, scale, is_causal):
+    """Chooses flash attention by itself; asking beforehand would break a compiled graph."""
+    if mask is not None:
+        mask = torch.where(mask, 0.0, UNSEEN).to(query.dtype)
+    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+    output = functional.scaled_dot_product_attention(
+        *heads_first, attn_mask=mask, scale=scale, is_causal=is_causal
+    )
+    return output.transpose(1, 2)
+
+
+class ExpBelowZero(torch.autograd.Function):
+    """e^x below zero, x + 1 above; its slope is its value, one at most."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x):
+        return x.clamp(max=0).exp_().add_(x.relu())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (output,) = ctx.saved_tensors
+        return gradient * output.clamp(max=1)
