@@ -13,6 +13,8 @@ from keras_pdattn.ops.kernels import for_products, in_output_layout
 
 #: How many causal queries share a block, where the kernel wants a mask of theirs.
 CAUSAL_BLOCK = 1024
+#: The same on a GPU, where starting a kernel takes longer than such a block.
+CAUSAL_BLOCK_ON_GPU = 8192
 #: Up to how many of them weights are faster written down, if there are own examples.
 LEAST_WITH_OWN = 512
 #: Kernels want depths that are multiples of this.
@@ -82,8 +84,9 @@ def _in_causal_blocks(query, examples, scale):
     and half of them are not looked at.
     """
     outputs, length = [], query.shape[1]
-    for start in range(0, length, CAUSAL_BLOCK):
-        block = slice(start, min(start + CAUSAL_BLOCK, length))
+    size = CAUSAL_BLOCK_ON_GPU if query.is_cuda else CAUSAL_BLOCK
+    for start in range(0, length, size):
+        block = slice(start, min(start + size, length))
         outputs.append(keras.remat(_attend_block)(query[:, block], examples, block, scale))
     return outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=1)
 
