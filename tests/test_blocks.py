@@ -96,7 +96,11 @@ OWN_NORMALISED = Primal(transform=BatchNorm(epsilon=0.1), training_set=ScaledHea
 WIDE_WINDOW = Primal(training_set=SlidingWindow(17, global_tokens=2))
 
 
-@pytest.mark.parametrize("lengths", [(21, 18), (18, 21), (16, 16)], ids=str)
+#: Other backends have no such kernel, and work as in the tests above.
+LENGTHS = [(21, 18), (18, 21), (16, 16)][: 3 if backends.BACKEND == "torch" else 1]
+
+
+@pytest.mark.parametrize("lengths", LENGTHS, ids=str)
 @pytest.mark.parametrize("kind", ["plain", "padded", "by head"])
 @pytest.mark.parametrize("primal", [Primal(), OWN, OWN_NORMALISED, WIDE_WINDOW], ids=str)
 def test_causal_kernel_in_blocks(small_blocks, primal, kind, lengths):
