@@ -83,12 +83,15 @@ def _in_causal_blocks(query, examples, scale):
     Torch's kernel takes causality as a mask if there is any other: of all pairs none is made,
     and half of them are not looked at.
     """
-    outputs, length = [], query.shape[1]
     size = CAUSAL_BLOCK_ON_GPU if query.is_cuda else CAUSAL_BLOCK
+    length = query.shape[1]
+    if length <= size:
+        return _attend_block(query, examples, slice(0, length), scale)
+    attend, outputs = keras.remat(_attend_block), []
     for start in range(0, length, size):
         block = slice(start, min(start + size, length))
-        outputs.append(keras.remat(_attend_block)(query[:, block], examples, block, scale))
-    return outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=1)
+        outputs.append(attend(query[:, block], examples, block, scale))
+    return ops.concatenate(outputs, axis=1)
 
 
 def _attend_block(query, examples, block, scale):
