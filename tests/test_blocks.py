@@ -113,6 +113,23 @@ def test_causal_kernel_in_blocks(small_blocks, primal, kind, lengths):
     check_same(fastest, whole, tolerance=5e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_a_row_that_sees_nothing_in_16_bits(small_blocks, is_causal, dtype):
+    """Zero, with gradients that are finite; what hides a key is no infinity in float16."""
+    key_mask = np.ones((2, 18), bool)
+    key_mask[1], key_mask[0, :3] = False, False
+
+    def loss(*tensors):
+        narrow = [keras.ops.cast(x, dtype) for x in tensors]
+        output = ops.attention(*narrow, OWN, key_mask=key_mask, is_causal=is_causal)
+        return keras.ops.sum(keras.ops.square(keras.ops.cast(output, "float32")))
+
+    for gradient in backends.gradients(loss, arrays(21, 18, batch=2)):
+        assert np.isfinite(gradient).all()
+        assert not gradient[1].any()
+
+
 def test_the_kernel_is_taken(monkeypatch):
     """On torch, and where the own window of a causal query needs a key of its own too."""
     taken, attend = [], fused.fused_softmax_attention

@@ -3,6 +3,9 @@
 import keras
 from keras import ops
 
+#: The logarithm of a factor that leaves nothing.
+NOTHING = -1e30
+
 
 def accumulator(dtype):
     """Returns `dtype`, or float32 where `dtype` is narrower than that.

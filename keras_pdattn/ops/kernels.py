@@ -4,11 +4,8 @@ import keras
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import accumulator, cast, exp_of_at_most_zero, widen
+from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast, exp_of_at_most_zero, widen
 from keras_pdattn.ops.indexing import append_axes
-
-#: The logarithm of a factor that leaves nothing.
-NOTHING = -1e30
 
 
 def masked_softmax(logits, log_scale=None, visible=None):

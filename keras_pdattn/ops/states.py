@@ -9,7 +9,7 @@ the keys of the chunk itself in the dual form.
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import cast, exp_of_at_most_zero, widen
+from keras_pdattn.ops.dtypes import NOTHING, cast, exp_of_at_most_zero, widen
 from keras_pdattn.ops.indexing import (
     append_axes,
     delay,
@@ -24,8 +24,6 @@ from keras_pdattn.ops.sums import cumulative_sum
 
 #: Keys in a chunk of the causal form: as many as a state has rows, within these.
 LEAST_CHUNK, MOST_CHUNK = 64, 256
-#: The logarithm of the factor of a key that nobody sees.
-UNSEEN = -1e30
 
 
 def chunk_size(num_features):
@@ -93,7 +91,7 @@ def primal_attention(query, examples):
     key = zero_where_masked(examples.key, examples.mask)
     log_scale = examples.log_scale
     if log_scale is not None and examples.mask is not None:
-        log_scale = ops.where(append_axes(examples.mask, 1), log_scale, UNSEEN)
+        log_scale = ops.where(append_axes(examples.mask, 1), log_scale, NOTHING)
     if examples.is_causal:
         output, total, log_factor = _causal_sums(
             query, key, widen(examples.value), log_scale, examples
@@ -149,11 +147,11 @@ def _chunked_sums(query, key, value, log_scale, examples):
     if log_scale is None:
         states = [delay(cumulative_sum(x, axis=2), axis=2) for x in _states(key, value)]
     else:
-        log_scale = chunks(log_scale, chunk, fill=UNSEEN)
+        log_scale = chunks(log_scale, chunk, fill=NOTHING)
         *states, reached = _scaled_states(key, value, log_scale)
         # The largest factor that each query sees is left off its sums.
         log_scale, reached = (ops.expand_dims(x, axis=3) for x in (log_scale, reached))
-        largest = native.largest(ops.where(seen, log_scale, UNSEEN), axis=-1)
+        largest = native.largest(ops.where(seen, log_scale, NOTHING), axis=-1)
         log_factor = ops.stop_gradient(ops.maximum(largest, reached))
         products = products * exp_of_at_most_zero(log_scale - append_axes(log_factor, 1))
         query = query * append_axes(ops.exp(reached - log_factor), 1)
@@ -177,7 +175,7 @@ def _add_own(sums, totals, log_factor, query, own):
     kernel = ops.sum(query * key, axis=-1)
     if log_scale is not None:
         if own.mask is not None:
-            log_scale = ops.where(append_axes(own.mask, 1), log_scale, UNSEEN)
+            log_scale = ops.where(append_axes(own.mask, 1), log_scale, NOTHING)
         largest = ops.stop_gradient(ops.maximum(log_factor, log_scale))
         factor = ops.exp(log_factor - largest)
         sums, totals = sums * append_axes(factor, 1), totals * factor
@@ -208,6 +206,6 @@ def _scaled_states(key, value, log_scale):
 
     chunks = [ops.moveaxis(x, 2, 0) for x in (*_states(key, value), largest)]
     state, key_sum, here = (x[0] for x in chunks)
-    init = ops.zeros_like(state), ops.zeros_like(key_sum), ops.full_like(here, UNSEEN)
+    init = ops.zeros_like(state), ops.zeros_like(key_sum), ops.full_like(here, NOTHING)
     _, before = ops.scan(step, init, tuple(chunks))
     return [ops.moveaxis(x, 0, 2) for x in before]

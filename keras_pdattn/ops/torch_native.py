@@ -4,9 +4,7 @@ import torch
 from torch.compiler import is_compiling  # noqa: F401
 from torch.nn import functional
 
-#: What is added to a score that is not to count: not `-inf`, of which a row that sees nothing
-#: would make NaN.
-UNSEEN = -1e30
+from keras_pdattn.ops.dtypes import NOTHING
 
 
 def linear(x, kernel, bias, num_widths):
@@ -19,7 +17,9 @@ def linear(x, kernel, bias, num_widths):
 def softmax_attention(query, key, value, mask, scale, is_causal):
     """Chooses flash attention by itself; asking beforehand would break a compiled graph."""
     if mask is not None:
-        mask = torch.where(mask, 0.0, UNSEEN).to(query.dtype)
+        # Not `-inf`, of which a row that sees nothing would make NaN.
+        hidden = max(NOTHING, torch.finfo(query.dtype).min / 2)
+        mask = torch.where(mask, 0.0, hidden).to(query.dtype)
     heads_first = (x.transpose(1, 2) for x in (query, key, value))
     output = functional.scaled_dot_product_attention(
         *heads_first, attn_mask=mask, scale=scale, is_causal=is_causal
