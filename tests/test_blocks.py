@@ -130,6 +130,17 @@ def test_a_row_that_sees_nothing_in_16_bits(small_blocks, is_causal, dtype):
         assert not gradient[1].any()
 
 
+def test_scores_of_own_examples_in_16_bits(small_blocks):
+    """Scores of tens, which bfloat16 would round by a tenth, are not rounded."""
+    narrow = [keras.ops.cast(4 * x, "bfloat16") for x in arrays(21, batch=2)]
+    wide = [keras.ops.cast(x, "float32") for x in narrow]
+    exact, found = (
+        backends.to_numpy(keras.ops.cast(ops.attention(*x, OWN, is_causal=True), "float32"))
+        for x in (wide, narrow)
+    )
+    assert_close(found, exact, 0.02 * np.abs(exact).max())
+
+
 def test_the_kernel_is_taken(monkeypatch):
     """On torch, and where the own window of a causal query needs a key of its own too."""
     taken, attend = [], fused.fused_softmax_attention
