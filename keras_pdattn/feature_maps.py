@@ -202,8 +202,9 @@ class Softmax(FeatureMap):
 
     \(\Phi\) holds the scaled monomials of the Taylor series of exp, so the layer
     works in the dual form: with the fused kernel of the backend where there is one and
-    scores, dropout or a causal scaled head do not need the weights themselves; else in
-    blocks of queries, so that memory grows with the keys and not with the pairs.
+    scores, dropout or (but on PyTorch) a causal scaled head do not need the weights
+    themselves; else in blocks of queries, so that memory grows with the keys and not with
+    the pairs.
 
     Masking: any. Causal use: yes.
 

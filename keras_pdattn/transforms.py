@@ -179,7 +179,7 @@ class BatchNorm(Transform):
 
     def apply(self, x, statistics, weights):
         mean, deviation = statistics
-        return (widen(x) - self._factor_on_mean(weights, mean.dtype) * mean) / deviation
+        return self._less_mean(x, mean, weights) / deviation
 
     def has_causal_form(self, shift_invariant):
         return shift_invariant
@@ -195,7 +195,7 @@ class BatchNorm(Transform):
         # Centred, whatever beta is: a common offset would eat the mantissa.
         centred = examples.with_keys(lambda key: widen(key) - mean)
         variance = self._denominator(statistics.variance(centred.key, examples.mask))
-        x = widen(queries.x) - self._factor_on_mean(weights, mean.dtype) * mean
+        x = self._less_mean(queries.x, mean, weights)
         if _is_half(dtype):
             # Where keys have no spread, 1 / epsilon is beyond float16: scale both, once each.
             deviation = ops.sqrt(variance)
@@ -219,8 +219,7 @@ class BatchNorm(Transform):
             moments = statistics.append_example(moments, centred.own.key, centred.own.mask)
         count, mean, squares = moments
         variance = self._denominator(squares / ops.maximum(count, 1))
-        beta = self._factor_on_mean(weights, mean.dtype)
-        x = (widen(queries.x) - beta * (origin + mean)) / variance
+        x = self._less_mean(queries.x, origin + mean, weights) / variance
         dtype = queries.x.dtype
         # Where a prefix has no spread, 1 / epsilon is beyond float16.
         return _narrowed(queries.with_x(x), centred, x.dtype if _is_half(dtype) else dtype)
@@ -229,10 +228,12 @@ class BatchNorm(Transform):
         """What a product of a query and a key is divided by."""
         return variance + self.epsilon if self.scale else ops.ones_like(variance)
 
-    def _factor_on_mean(self, weights, dtype):
+    def _less_mean(self, x, mean, weights):
+        """`x` less beta times the mean."""
         if not self.center:
-            return 0.0
-        return ops.cast(weights["beta"], dtype) if self.learn_beta else self.beta
+            return widen(x)
+        beta = ops.cast(weights["beta"], mean.dtype) if self.learn_beta else self.beta
+        return widen(x) - beta * mean
 
 
 def _is_half(dtype):

@@ -145,6 +145,15 @@ def test_scores_of_own_examples_in_16_bits(small_blocks):
     assert_close(found, exact, 0.005 * np.abs(exact).max())
 
 
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_flash_attention_is_insisted_on(small_blocks, is_causal):
+    """Where there is none, as on a CPU, an error says so, whatever else limits queries."""
+    key_mask = np.arange(18)[None] < 15
+    options = {"key_mask": key_mask, "is_causal": is_causal, "flash_attention": True}
+    with pytest.raises((ImportError, RuntimeError, ValueError), match=r"(?i)flash|cudnn"):
+        ops.attention(*arrays(21, 18), "softmax", **options)
+
+
 def test_the_kernel_is_taken(monkeypatch):
     """On torch, and where the own window of a causal query needs a key of its own too."""
     taken, attend = [], fused.fused_softmax_attention

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import accumulator, cast, is_double, widen
-from keras_pdattn.ops.indexing import fit_axis
+from keras_pdattn.ops.indexing import append, fit_axis, lead_with_zero
 from keras_pdattn.ops.kernels import for_products, in_output_layout
 
 #: How many causal queries share a block, where the kernel wants a mask of theirs.
@@ -25,7 +25,7 @@ def can_fuse(examples):
     """Whether the kernel takes such examples, and keeps their dtype."""
     if is_double(examples.value.dtype):
         return False
-    if keras.backend.backend() == "torch":
+    if native.IS_TORCH:
         return True
     has_one_depth = examples.key.shape[-1] == examples.value.shape[-1]
     return examples.own is None and (has_one_depth or keras.backend.backend() != "jax")
@@ -36,7 +36,7 @@ def is_fastest(query, examples):
 
     It is on torch, and for 16 bits on JAX on a GPU. Own examples take more around it.
     """
-    if keras.backend.backend() != "torch":
+    if not native.IS_TORCH:
         dtype = examples.value.dtype
         is_narrow = accumulator(dtype) != keras.backend.standardize_dtype(dtype)
         return native.jax_runs_on_gpu() and is_narrow
@@ -55,7 +55,7 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     Returns:
         The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
     """
-    if keras.backend.backend() == "torch" and examples.is_causal and not _is_causal_only(examples):
+    if examples.is_causal and _takes_masks_for_causality(flash_attention, examples):
         return _in_causal_blocks(query, examples, scale)
     mask, is_causal = examples.kernel_mask(), examples.is_triangular
     return _attend(query, examples, mask, examples.sighted(), scale, is_causal, flash_attention)
@@ -72,9 +72,10 @@ def _attend(query, examples, mask, sighted, scale, is_causal=False, flash_attent
     return cast(output, examples.value.dtype)
 
 
-def _is_causal_only(examples):
-    """Whether nothing but causality limits what each query sees."""
-    return examples.own is None and examples.is_triangular and examples.kernel_mask() is None
+def _takes_masks_for_causality(flash_attention, examples):
+    """Whether torch is to choose a kernel, and causality is not all that limits queries."""
+    is_causal_only = examples.is_triangular and examples.kernel_mask() is None
+    return native.IS_TORCH and not flash_attention and not is_causal_only
 
 
 def _in_causal_blocks(query, examples, scale):
@@ -112,11 +113,10 @@ def _attend_with_own(query, examples, scale):
     # In two numbers, as 16 bits would round one off.
     high = cast(score, query.dtype)
     low = cast(score - widen(high), query.dtype)
-    query = _append(_append(query, high), low)
+    query = ops.concatenate([query, high, low], axis=-1)
     own_key = _append(ops.zeros_like(examples.key[:, :1]), [1.0, 1.0])
     key = ops.concatenate([own_key, _append(examples.key, [0.0, 0.0])], axis=1)
-    value = _append(examples.value, [1.0])
-    value = ops.concatenate([ops.zeros_like(value[:, :1]), value], axis=1)
+    value = lead_with_zero(_append(examples.value, [1.0]))
     width = -(-max(key.shape[-1], value.shape[-1]) // ALIGNMENT) * ALIGNMENT
     query, key, value = (fit_axis(x, 3, width) for x in (query, key, value))
     mask = _lead_with_own(examples.visibility(), own.visibility())
@@ -135,10 +135,8 @@ def _sees_any(examples):
 
 
 def _append(x, features):
-    """Appends features, a tensor or numbers, to the last axis of `x`."""
-    features = ops.convert_to_tensor(features, dtype=x.dtype)
-    shape = (*x.shape[:-1], features.shape[-1])
-    return ops.concatenate([x, ops.broadcast_to(features, shape)], axis=-1)
+    """Appends features, a list of numbers, to the last axis of `x`."""
+    return append(x, ops.convert_to_tensor(features, dtype=x.dtype), axis=-1)
 
 
 def _lead_with_own(mask, own_mask):

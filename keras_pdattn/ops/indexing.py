@@ -78,7 +78,7 @@ def join_axes(x, axis):
 
 def lead_with_zero(x):
     """Puts a zero in front of `x` along time."""
-    return ops.concatenate([ops.zeros_like(x[:, :1]), x], axis=1)
+    return ops.pad(x, [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))
 
 
 def delay(x, axis, steps=1):
@@ -86,6 +86,13 @@ def delay(x, axis, steps=1):
     lead = (slice(None),) * axis
     zeros = ops.zeros_like(x[lead + (slice(0, steps),)])
     return ops.concatenate([zeros, x[lead + (slice(0, -steps),)]], axis=axis)
+
+
+def append(x, other, axis):
+    """Concatenates `other`, broadcast to the other axes of `x`, behind `x` along `axis`."""
+    shape = list(ops.shape(x))
+    shape[axis] = ops.shape(other)[axis]
+    return ops.concatenate([x, ops.broadcast_to(other, shape)], axis=axis)
 
 
 def coordinates(position, grid):

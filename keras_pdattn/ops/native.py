@@ -51,10 +51,8 @@ def split(x, sizes, axis):
 
 def softmax_attention(query, key, value, mask, scale, is_causal, flash_attention=None):
     """`ops.dot_product_attention`; on torch without its copies of queries, keys and values."""
-    if IS_TORCH and flash_attention is None:
-        if query.dtype == key.dtype == value.dtype and not (is_causal and mask is not None):
-            return torch_native.softmax_attention(query, key, value, mask, scale, is_causal)
-        flash_attention = False  # Nor ask whether it can be, which would break a compiled graph.
+    if IS_TORCH and not flash_attention:
+        return torch_native.softmax_attention(query, key, value, mask, scale, is_causal)
     return ops.dot_product_attention(
         query,
         key,

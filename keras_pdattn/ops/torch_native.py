@@ -1,5 +1,7 @@
 """Torch's own operations; imported where it is the backend."""
 
+import functools
+
 import torch
 from torch.compiler import is_compiling  # noqa: F401
 from torch.nn import functional
@@ -15,12 +17,16 @@ def linear(x, kernel, bias, num_widths):
 
 
 def softmax_attention(query, key, value, mask, scale, is_causal):
-    """Chooses flash attention by itself; asking beforehand would break a compiled graph."""
+    """Chooses flash attention by itself; asking beforehand would break a compiled graph.
+
+    Takes a mask or causality, not both.
+    """
+    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (query, key, value)))
     if mask is not None:
         # Not `-inf`, of which a row that sees nothing would make NaN.
-        hidden = max(NOTHING, torch.finfo(query.dtype).min / 2)
-        mask = torch.where(mask, 0.0, hidden).to(query.dtype)
-    heads_first = (x.transpose(1, 2) for x in (query, key, value))
+        hidden = max(NOTHING, torch.finfo(dtype).min / 2)
+        mask = torch.where(mask, 0.0, hidden).to(dtype)
+    heads_first = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     output = functional.scaled_dot_product_attention(
         *heads_first, attn_mask=mask, scale=scale, is_causal=is_causal
     )

@@ -9,6 +9,7 @@ from keras import ops
 
 from keras_pdattn.ops import masks
 from keras_pdattn.ops.indexing import (
+    append,
     append_axes,
     coordinates,
     fit_axis,
@@ -174,13 +175,13 @@ def banded_attention(query, examples, attend):
             return None
         x = bands.slabs(x)
         if tokens is not None:
-            x = _append(x, ops.expand_dims(getattr(tokens, name), axis=1), axis=2)
+            x = append(x, ops.expand_dims(getattr(tokens, name), axis=1), axis=2)
         return join_axes(x, 0)
 
     batch, visible = ops.shape(query)[0], bands.visibility()
     visible = ops.broadcast_to(visible, (batch, *ops.shape(visible)[1:]))
     if tokens is not None:
-        visible = _append(visible, tokens.visibility(bands), axis=3)
+        visible = append(visible, tokens.visibility(bands), axis=3)
     visible = ops.expand_dims(join_axes(visible, 0), axis=1)
     in_slabs = _seen_by(
         visible, examples, key=slabs("key"), value=slabs("value"), log_scale=slabs("log_scale")
@@ -202,13 +203,6 @@ def _seen_by(visible, examples, **tensors):
         grid=None,
         **tensors,
     )
-
-
-def _append(x, other, axis):
-    """Concatenates `other`, broadcast to the other axes of `x`, behind `x` along `axis`."""
-    shape = list(ops.shape(x))
-    shape[axis] = ops.shape(other)[axis]
-    return ops.concatenate([x, ops.broadcast_to(other, shape)], axis=axis)
 
 
 class _Bands:
