@@ -3,6 +3,8 @@
 KERAS_BACKEND=torch python -m benchmarks.kernels
 """
 
+import re
+
 import keras
 from rich.console import Console
 
@@ -27,8 +29,6 @@ def kernels_on_torch(layer, x, call):
 
 def kernels_on_jax(layer, x, call):
     """The attention kernels of cuDNN in the compiled program."""
-    import re
-
     text = forward_of(layer, **call).lower(x).compile().as_text()
     return sorted(set(re.findall(r"__cudnn\$fmha\w*", text)))
 

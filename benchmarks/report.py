@@ -20,19 +20,17 @@ def table(header, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
-def speed(names=("speed", "speed_causal"), has_dtype=False):
+def speed(name="speed", has_dtype=False):
     """Ratios of forward and training step, a row for each member, mode and length."""
-    rows = {}
-    for name in names:
-        for backend, report in results.read(name).items():
-            for row in report["rows"]:
-                mode = "" if row["mode"] == "whole" else f", {row['mode']}"
-                dtype = f", {row['dtype']}" if has_dtype else ""
-                key = f"{row['member']}{mode}{dtype}, against {row['against']}", row["tokens"]
-                ratios = [f"{row[which]['ratio']:.2f}" for which in ("forward", "training step")]
-                rows.setdefault(key, {})[backend] = " / ".join(ratios)
-    known = {backend for by_backend in rows.values() for backend in by_backend}
-    backends = [backend for backend in BACKENDS if backend in known]
+    found, rows = results.read(name), {}
+    for backend, report in found.items():
+        for row in report["rows"]:
+            mode = "" if row["mode"] == "whole" else f", {row['mode']}"
+            dtype = f", {row['dtype']}" if has_dtype else ""
+            key = f"{row['member']}{mode}{dtype}, against {row['against']}", row["tokens"]
+            ratios = [f"{row[which]['ratio']:.2f}" for which in ("forward", "training step")]
+            rows.setdefault(key, {})[backend] = " / ".join(ratios)
+    backends = [backend for backend in BACKENDS if backend in found]
     cells = [
         [name, f"{tokens:,}", *(by_backend.get(backend, "") for backend in backends)]
         for (name, tokens), by_backend in rows.items()
@@ -80,7 +78,7 @@ def memory():
 
 def main():
     text = PAGE.read_text()
-    gpu = speed(("speed_gpu",), has_dtype=True)
+    gpu = speed("speed_gpu", has_dtype=True)
     for name, made in (("speed", speed()), ("gpu", gpu), ("memory", memory())):
         marked = rf"<!-- {name} -->\n.*?<!-- end -->"
         made = f"<!-- {name} -->\n{made}\n<!-- end -->"

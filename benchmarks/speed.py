@@ -102,8 +102,9 @@ def main(arguments=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile on torch")
     parser.add_argument("--name", default="speed", help="of the file of results")
     options = parser.parse_args(arguments)
+    rate = matmul_rate()
     figures = {
-        "multiply_adds_per_second": matmul_rate(),
+        "multiply_adds_per_second": rate,
         "heads": HEADS,
         "depth": DEPTH,
         "torch_compiled": options.compile,
@@ -119,7 +120,6 @@ def main(arguments=None):
     for name, mode, dtype in track(settings, description="measuring"):
         check(name, mode, dtype)
         for length in options.lengths:
-            rate = figures["multiply_adds_per_second"]
             row = measure(name, length, mode, dtype, options.rounds, rate, options.compile)
             figures["rows"].append(row)
         results.write(options.name, figures)  # What there is, should a later one fail.
