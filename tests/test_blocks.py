@@ -416,3 +416,30 @@ def test_one_trace_for_each_shape(primal):
     for x in inputs:
         compiled(x)
     assert len(traced) <= 2
+
+
+@keras.saving.register_keras_serializable(package="test_blocks")
+class Padded(keras.layers.Layer):
+    """Attention whose padding is a constant of the layer, not an argument of its call."""
+
+    def __init__(self, form, **kwargs):
+        super().__init__(**kwargs)
+        self.form = form
+        self.mask = keras.ops.convert_to_tensor(np.arange(9)[None] < 7)
+        self.dense = keras.layers.EinsumDense("btc,chd->bthd", (None, 2, 3))
+
+    def call(self, x):
+        x = self.dense(x)
+        return ops.attention(x, x, x, "batch_norm", key_mask=self.mask, form=self.form)
+
+
+def test_a_mask_that_is_a_constant_trains_in_a_compiled_step():
+    x = np.random.default_rng(0).normal(size=(1, 9, 4)).astype("float32")
+    weights = []
+    for form in ("whole", "blocks"):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential([Padded(form)])
+        model.compile("sgd", "mse")
+        model.fit(x, np.ones((1, 9, 2, 3)), verbose=0)
+        weights.append(model.get_weights()[0])
+    np.testing.assert_allclose(*weights, rtol=0, atol=1e-6)

@@ -4,6 +4,8 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_pdattn.ops import native
+
 
 def as_boolean(name, mask):
     """Returns `mask` as a boolean tensor.
@@ -17,7 +19,8 @@ def as_boolean(name, mask):
         mask = np.asarray(mask)
     dtype = keras.backend.standardize_dtype(mask.dtype)
     if dtype == "bool":
-        return mask if keras.backend.is_keras_tensor(mask) else ops.convert_to_tensor(mask)
+        is_symbolic = keras.backend.is_keras_tensor(mask)
+        return mask if is_symbolic else native.into_graph(ops.convert_to_tensor(mask))
     is_trusted_unread = keras.backend.is_int_dtype(dtype)
     if not _holds_zeros_and_ones(mask, if_unreadable=is_trusted_unread):
         raise ValueError(

@@ -7,6 +7,7 @@ import keras
 from keras import ops
 
 IS_TORCH = keras.backend.backend() == "torch"
+IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 if IS_TORCH:
     from keras_pdattn.ops import torch_native
 
@@ -90,6 +91,14 @@ def heads_apart(x):
     operations on two tensors laid out differently take several times as long.
     """
     return x.transpose(1, 2).contiguous().transpose(1, 2) if IS_TORCH else x
+
+
+def into_graph(x):
+    """`x` as a tensor of the graph that TensorFlow is building, if it is.
+
+    A loop in there has no gradient if it closes over a tensor from outside.
+    """
+    return ops.copy(x) if IS_TENSORFLOW else x
 
 
 def runs_on_gpu():
