@@ -170,7 +170,8 @@ class FeatureMap(descriptions.WeightedMember):
 
     def uses_primal_form(self, query, examples, weights, return_weights):
         """Whether `attend` works with states, and not with the kernel of all pairs."""
-        is_restricted = examples.visible is not None or examples.window is not None
+        restrictions = examples.visible, examples.window, examples.query_start
+        is_restricted = any(one is not None for one in restrictions)
         if return_weights or is_restricted or not self.is_finite:
             return False
         widths = self.widths(query, weights)

@@ -52,6 +52,11 @@ class Transform(descriptions.WeightedMember):
     #: Whether `apply` looks at each position alone.
     is_pointwise = True
 
+    @property
+    def look_back(self):
+        """How many positions before it a causal `apply` mixes into one; `None` for any number."""
+        return 0 if self.is_pointwise else None
+
     def fit(self, key, mask):
         """Returns statistics of the training set, `None` if there are none to take.
 
@@ -337,6 +342,10 @@ class Conv1D(_Convolution):
 
     def __post_init__(self):
         validation.positive_odd_int("kernel_size", self.kernel_size)
+
+    @property
+    def look_back(self):
+        return self.kernel_size // 2
 
     def _convolve(self, x, kernel, grid=None, **taps):
         return convolution.depthwise(x, kernel, **taps)

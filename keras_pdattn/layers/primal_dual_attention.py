@@ -3,7 +3,7 @@
 import keras
 
 from keras_pdattn import descriptions, ops, primals, validation
-from keras_pdattn.layers import input_checks, projections
+from keras_pdattn.layers import caches, input_checks, projections
 from keras_pdattn.layers.masking import attach_mask, detached_masks
 from keras_pdattn.layers.primal_weights import PrimalWeights
 from keras_pdattn.ops import checks, masks
@@ -11,7 +11,7 @@ from keras_pdattn.ops.axes import AttendedAxes
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
-class PrimalDualAttention(keras.layers.MultiHeadAttention):
+class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
     r"""Multi-head attention defined by a primal problem.
 
     Each head computes, with the feature map \(\Phi\), the transform \(T\) and the
@@ -83,16 +83,27 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         return_attention_scores: whether to return the scores too.
         training: whether dropout is active.
         use_causal_mask: whether query `i` sees keys `0` to `i` only.
+        cache: what `init_cache` made or the call before returned, or KerasHub's
+            `(batch, 2, length, heads, key_dim)`: `query`, `value` and `key` are the
+            tokens that come next. Masks of keys are of these, or of the whole
+            length, `attention_mask` is of the whole length, and a causal query
+            sees the tokens before it. Which of these were padding the cache does
+            not hold (but one of a sliding window): a mask of the whole length says.
+        cache_update_index: the position of the first of these tokens, an integer or
+            an integer scalar tensor; `None` to attend to `cache` as it is, whatever
+            `value` and `key` are (cross-attention).
 
     Returns:
         The output, `(batch, queries, width)`; with `return_attention_scores`
         also the scores, `(batch, heads, queries, keys)`, each row summing to 1,
-        or to 0 where the query sees nothing.
+        or to 0 where the query sees nothing; with `cache` also, last, the cache
+        with the new tokens.
 
     Raises:
         ValueError: if an argument is out of its range; if inputs have the wrong
             rank, dtype or width, or don't fit each other; if a mask does not fit
-            or is an additive float mask.
+            or is an additive float mask; if there is an index without a cache, one
+            beyond its length, or a cache of another kind of layer.
 
     Example:
 
@@ -187,15 +198,34 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         if self.built:
             return
         super().build(query_shape, value_shape, key_shape)
-        self._rank = len(query_shape)
+        self._build_primal(shapes)
+
+    def _build_primal(self, shapes):
+        """Builds what `keras.layers.MultiHeadAttention` has not, for inputs of these shapes."""
+        self._rank = len(shapes["query"])
         self._widths = {name: shape[-1] for name, shape in shapes.items()}
-        self._axes = AttendedAxes.of(len(query_shape), self._attention_axes)
+        self._axes = AttendedAxes.of(self._rank, self._attention_axes)
         self.primal.check_call(len(self._axes.attended))
         # Made last: the projections keep their places among the weights.
         self._primal_weights = PrimalWeights(
             self.primal.weighted_members, dtype=self.dtype_policy, name="primal"
         )
         self._primal_weights.build((self._num_heads, self._key_dim))
+
+    def adopt(self, primal):
+        """Takes on a primal problem; for `convert`, which makes one of a layer that Keras built."""
+        self._convert_input_args = False
+        self.flash_attention = self._flash_attention
+        self.primal = primals.get(primal)
+        self.primal.training_set.groups(self.num_heads)
+        shapes = {
+            name: tuple(self._build_shapes_dict[f"{name}_shape"]) for name in ("query", "value")
+        }
+        key_shape = self._build_shapes_dict.get("key_shape") or shapes["value"]
+        self._tracker.unlock()
+        with self._open_name_scope():
+            self._build_primal({**shapes, "key": tuple(key_shape)})
+        self._tracker.lock()
 
     def redraw(self, seed):
         """Draws the random features of a layer anew, e.g. every few training steps.
@@ -250,9 +280,25 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        cache=None,
+        cache_update_index=None,
     ):
         key = value if key is None else key
         self._check_call(query, value, key, return_attention_scores, use_causal_mask)
+        if cache is not None or cache_update_index is not None:
+            return self._call_with_cache(
+                query,
+                value,
+                key,
+                query_mask,
+                key_masks={"value_mask": value_mask, "key_mask": key_mask},
+                attention_mask=attention_mask,
+                return_attention_scores=return_attention_scores,
+                training=training,
+                use_causal_mask=use_causal_mask,
+                cache=cache,
+                index=cache_update_index,
+            )
         attention_mask, context = self._visibility(
             query, value, query_mask, value_mask, key_mask, attention_mask, use_causal_mask
         )
@@ -269,10 +315,134 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         output, scores = self._compute_attention(
             query, key, value, attention_mask, training, return_attention_scores, **context
         )
+        output = self._finish(output, gate, query_mask)
+        return (output, scores) if return_attention_scores else output
+
+    def _finish(self, output, gate, query_mask):
+        """The layer's output, from that of its heads."""
         output = self._project(self._output_dense, output if gate is None else output * gate)
         if query_mask is not None:
             attach_mask(output, query_mask)
-        return (output, scores) if return_attention_scores else output
+        return output
+
+    def init_cache(self, batch_size, max_length, dtype=None):
+        """Returns a cache without tokens, for calls that bring the next tokens of sequences.
+
+        One of states for a finite feature map fitted on all keys; one of a sliding window's
+        last keys; of all keys and values, `(batch, 2, max_length, heads, key_dim)` as
+        KerasHub's, for other layers. Each tensor of it has the batch as first axis, and
+        keeps its shape and dtype.
+
+        Args:
+            batch_size: the number of sequences.
+            max_length: the most tokens a sequence has.
+            dtype: of keys and values; the layer's compute dtype if `None`. States are
+                float32.
+
+        Raises:
+            ValueError: if a number is not a positive integer, before the layer is built,
+                or if it attends over several axes.
+
+        Example:
+
+        ```python
+        import keras
+        import keras_pdattn
+
+        layer = keras_pdattn.layers.BatchNormAttention(num_heads=4, key_dim=8)
+        layer.build((None, None, 32), (None, None, 32))
+        cache = layer.init_cache(batch_size=2, max_length=10)
+        for index in range(10):
+            token = keras.random.normal((2, 1, 32))
+            output, cache = layer(
+                token, token, use_causal_mask=True, cache=cache, cache_update_index=index
+            )
+        ```
+        """
+        validation.positive_int("batch_size", batch_size)
+        validation.positive_int("max_length", max_length)
+        self._check_cacheable()
+        cache = caches.least(self, max_length)
+        return cache.zeros(self, batch_size, max_length, dtype or self.compute_dtype)
+
+    def _check_cacheable(self):
+        if not self.built or not self._axes.is_plain:
+            raise ValueError(
+                "Caches are for layers that are built, and attend over one axis. Received: "
+                f"built={self.built}, attention_axes={self._attention_axes}"
+            )
+
+    def _call_with_cache(
+        self,
+        query,
+        value,
+        key,
+        query_mask,
+        key_masks,
+        attention_mask,
+        return_attention_scores,
+        training,
+        use_causal_mask,
+        cache,
+        index,
+    ):
+        """`call` with a cache; `key_masks` holds those of `value` and `key`, by name."""
+        kind, cache = self._checked_cache(
+            query, value, cache, index, use_causal_mask, return_attention_scores
+        )
+        if query_mask is not None:
+            query_mask = self._axes.padding("query_mask", query_mask, query)
+        if attention_mask is not None:
+            attention_mask = masks.as_boolean("attention_mask", attention_mask)
+        with detached_masks(query, value, key):
+            gate = self._project(self._gate_dense, query) if self._use_gate else None
+            tokens = caches.Tokens(
+                query=self._project(self._query_dense, query),
+                key=None if index is None else self._project(self._key_dense, key),
+                value=None if index is None else self._project(self._value_dense, value),
+                index=index,
+                query_mask=query_mask,
+                key_masks=tuple(
+                    caches.mask_of_keys(name, mask, value, cache)
+                    for name, mask in key_masks.items()
+                    if mask is not None
+                ),
+                attention_mask=attention_mask,
+                is_causal=use_causal_mask,
+            )
+
+        def solve(tokens):
+            return self._compute_attention(
+                tokens.query,
+                tokens.key,
+                tokens.value,
+                tokens.attention_mask,
+                training,
+                return_attention_scores,
+                use_causal_mask=tokens.is_causal,
+                query_mask=tokens.query_mask,
+                key_mask=tokens.key_mask,
+                query_start=tokens.index,
+            )
+
+        output, scores, cache = kind.attend(self, cache, tokens, solve)
+        output = self._finish(output, gate, query_mask)
+        return (output, scores, cache) if return_attention_scores else (output, cache)
+
+    def _checked_cache(self, query, value, cache, index, use_causal_mask, return_attention_scores):
+        if cache is None:
+            raise ValueError(
+                "`cache_update_index` is a place in a `cache`. "
+                f"Received: cache=None, cache_update_index={index}"
+            )
+        self._check_cacheable()
+        lengths = query.shape[1:2], value.shape[1:2]
+        if use_causal_mask and index is not None and not masks.fits(*lengths, exactly=True):
+            raise ValueError(
+                "A causal call with a cache brings a query for each new key. "
+                f"Received: query.shape={query.shape}, value.shape={value.shape}"
+            )
+        return caches.checked(self, cache, index, return_attention_scores)
 
     def _project(self, dense, x):
         return projections.project(dense, x, self.compute_dtype)
@@ -324,6 +494,7 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         query_mask=None,
         key_mask=None,
         projections=None,
+        query_start=None,
     ):
         """Attention of projected queries, keys and values; the hook that Keras documents.
 
@@ -343,6 +514,8 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             key_mask: boolean `(batch, keys)`, likewise.
             projections: those of keys and values, where `key` and `value` are the
                 layer's inputs yet; no subclass that overrides this gets them.
+            query_start: where among the keys the first query stands, in a call with a
+                cache.
 
         Returns:
             `(output, scores)`; the scores are `None` unless asked for.
@@ -371,6 +544,7 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             query_grid=self._axes.grid(query),
             key_grid=self._axes.grid(value),
             projections=projections,
+            query_start=query_start,
         )
         output, scores = result if return_attention_scores else (result, None)
         output = self._axes.from_sequence(output, query)
@@ -390,9 +564,15 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
         return_attention_scores=False,
         training=None,
         use_causal_mask=False,
+        cache=None,
+        cache_update_index=None,
     ):
         key = value if key is None else key
         self._check_call(query, value, key, return_attention_scores, use_causal_mask)
+        if cache is not None or cache_update_index is not None:
+            _, cache = self._checked_cache(
+                query, value, cache, cache_update_index, use_causal_mask, return_attention_scores
+            )
         for name, mask in (
             ("query_mask", query_mask),
             ("value_mask", value_mask),
@@ -405,7 +585,12 @@ class PrimalDualAttention(keras.layers.MultiHeadAttention):
             self.compute_output_shape(query.shape, value.shape, key.shape),
             dtype=self.compute_dtype,
         )
-        if not return_attention_scores:
-            return output
-        shape = self._axes.scores_shape(query.shape, value.shape, self._num_heads)
-        return output, keras.KerasTensor(shape, dtype=self.compute_dtype)
+        results = [output]
+        if return_attention_scores:
+            keys = value.shape if cache is None else caches.shape_of_keys(cache)
+            shape = self._axes.scores_shape(query.shape, keys, self._num_heads)
+            results.append(keras.KerasTensor(shape, dtype=self.compute_dtype))
+        if cache is not None:
+            like = [keras.KerasTensor(x.shape, x.dtype) for x in keras.tree.flatten(cache)]
+            results.append(keras.tree.pack_sequence_as(cache, like))
+        return tuple(results) if len(results) > 1 else output

@@ -34,6 +34,7 @@ def attention(
     key_grid=None,
     form=None,
     projections=None,
+    query_start=None,
 ):
     r"""Solves a primal problem for queries, given keys and values.
 
@@ -89,6 +90,9 @@ def attention(
         projections: a pair of `ops.projection.Projection`, if `key` and `value` are
             inputs `(batch, keys, width)` that are yet to be projected by these.
             Scaled heads project the means of inputs then, of which there are fewer.
+        query_start: integer or integer scalar tensor: where among the keys the first query
+            stands, if not at key 0. A causal call on all keys gives its last queries, with
+            their `query_start`, what it gives them among all queries.
 
     Returns:
         The output, `(batch, queries, heads, value_depth)`, in the dtype of
@@ -99,7 +103,8 @@ def attention(
     Raises:
         ValueError: if tensors are not floating point, shapes, grids or weights do
             not fit, a mask is neither boolean nor made of 0 and 1, dropout has no
-            seed, or `primal` or `form` has no meaning for such a call.
+            seed, `query_start` comes with grids, or `primal` or `form` has no meaning
+            for such a call.
 
     Cost:
         That of the members of `primal`, which their documentation states.
@@ -134,6 +139,7 @@ def attention(
         key, value = (ops.expand_dims(x, axis=2) for x in (key, value))
     checks.check_shapes(query, key, value, projections)
     checks.check_grids(query.shape[1], key.shape[1], query_grid, key_grid)
+    query_start = checks.query_start(query_start, query_grid)
     primal.check_call(1 if key_grid is None else len(key_grid), is_causal)
     num_heads, query_length = query.shape[2], ops.shape(query)[1]
     groups = primal.training_set.groups(num_heads)
@@ -153,12 +159,13 @@ def attention(
         weights = [member.initial_weights(*shape) for member in primal.weighted_members]
     checks.check_weights(primal.weighted_members, weights)
 
-    queries = Queries(query, query_mask, query_grid).zero_padding()
+    queries = Queries(query, query_mask, query_grid, start=query_start).zero_padding()
     keys = Examples.keys(
         key,
         key if is_one else value,
         query_length,
         is_causal,
+        query_start,
         mask=key_mask,
         visible=mask,
         grid=key_grid,

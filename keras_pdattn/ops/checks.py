@@ -3,6 +3,7 @@
 import math
 
 import keras
+from keras import ops
 
 from keras_pdattn import validation
 from keras_pdattn.ops.masks import fits
@@ -104,3 +105,26 @@ def check_form(form):
     """Raises a `ValueError` unless there is such a form."""
     if form is not None and form not in _FORMS:
         raise ValueError(f"`form` must be None or one of {_FORMS}. Received: form={form!r}")
+
+
+def query_start(start, grid):
+    """Returns where among the keys the first query stands: `None` for 0, else an int32.
+
+    Raises:
+        ValueError: if it is no integer, or comes with a grid.
+    """
+    if start is None or (isinstance(start, int) and start == 0):
+        return None
+    if grid is not None:
+        raise ValueError(
+            "`query_start` is a place on one axis, and grids have several. "
+            f"Received: query_start={start}, query_grid={grid}"
+        )
+    dtype = getattr(start, "dtype", type(start).__name__)
+    is_integer = keras.backend.is_int_dtype(keras.backend.standardize_dtype(dtype))
+    if not is_integer or getattr(start, "shape", ()) != ():
+        raise ValueError(
+            "`query_start` must be an integer or an integer scalar tensor. "
+            f"Received: query_start={start!r}"
+        )
+    return ops.cast(start, "int32")

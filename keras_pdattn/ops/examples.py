@@ -22,16 +22,23 @@ class Queries:
             one axis.
         end: integer `(B,)`: each sequence is a prefix, and only the query at
             its end is asked for; or `None`.
+        start: integer, where among the keys the first query stands; `None` for 0.
     """
 
     x: Any
     mask: Any = None
     grid: tuple | None = None
     end: Any = None
+    start: Any = None
 
     @property
     def position(self):
         """Where the queries stand that are asked for, `(T,)` or `(B, 1)`."""
+        index = self._index()
+        return index if self.start is None else index + self.start
+
+    def _index(self):
+        """Which of `x` are asked for, `(T,)` or `(B, 1)`."""
         if self.end is None:
             return ops.arange(ops.shape(self.x)[1], dtype="int32")
         return ops.expand_dims(self.end, axis=-1)
@@ -52,7 +59,7 @@ class Queries:
         """`x` of the queries that are asked for."""
         if self.end is None or self.x.shape[1] == 1:
             return self.x
-        return take_along_time(self.x, self.position)
+        return take_along_time(self.x, self._index())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -71,6 +78,8 @@ class Examples:
         is_triangular: whether `limit[i] = i + 1`, which kernels know as "causal".
         stride: where it is not, `limit[i]` is `(i - start) // stride`, from 0 to M.
         start: integer `(B,)`, or `None` for 0.
+        query_start: integer, where among the keys the first query stands, and
+            `limit` is then one more for each; `None` for 0.
         is_prefix: whether these are the keys up to one query, so that a
             transform may not look ahead though `limit` is `None`.
         visible: boolean, broadcastable to `(B, H, T, M)`: what an arbitrary
@@ -95,6 +104,7 @@ class Examples:
     is_triangular: bool = False
     stride: int = 1
     start: Any = None
+    query_start: Any = None
     is_prefix: bool = False
     visible: Any = None
     window: Window | None = None
@@ -105,13 +115,17 @@ class Examples:
     projections: Any = None
 
     @classmethod
-    def keys(cls, key, value, query_length, is_causal=False, **attributes):
+    def keys(cls, key, value, query_length, is_causal=False, query_start=None, **attributes):
         """The keys themselves, which every training set is made from."""
         limit = None
         if is_causal:
-            position = ops.arange(query_length, dtype="int32")
-            limit = ops.minimum(position + 1, ops.shape(key)[1])
-        return cls(key, value, limit=limit, is_triangular=is_causal, **attributes)
+            limit = ops.arange(query_length, dtype="int32") + 1
+            if query_start is not None:
+                limit = ops.maximum(limit + query_start, 0)
+            limit = ops.minimum(limit, ops.shape(key)[1])
+        is_triangular = is_causal and query_start is None
+        attributes.update(limit=limit, is_triangular=is_triangular, query_start=query_start)
+        return cls(key, value, **attributes)
 
     @property
     def is_causal(self):
@@ -217,7 +231,7 @@ class Examples:
             name: x[(slice(None),) * axis + (block,)] for name, (x, axis) in self.by_query().items()
         }
         examples = self.of_queries(pieces)
-        if self.is_causal:
+        if self.is_causal and self.query_start is None:
             examples = examples.first(-(-block.stop // self.stride))
         if self.own is None:
             return examples
@@ -238,7 +252,7 @@ class Examples:
 
     def has_bands(self):
         """Whether a window leaves so little to each query that the rest need not be looked at."""
-        if self.window is None or self.visible is not None:
+        if self.window is None or self.visible is not None or self.query_start is not None:
             return False
         return self.window.has_bands(self.is_causal)
 

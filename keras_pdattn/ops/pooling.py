@@ -48,6 +48,7 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         value=cast(value, keys.value.dtype),
         mask=None if keys.mask is None else windows.counts() > 0,
         is_prefix=keys.is_prefix,
+        query_start=keys.query_start,
         visible=None if visible is None else windows.whole(visible),
         grid=windows.grid,
         spread=lambda weights, _: windows.spread(weights),
@@ -96,6 +97,7 @@ class Windows:
             two are the same.
         step: integer `(S,)` or `(B, S)`, the step of each key, negative in
             front of the first window; or `None`.
+        query_start: as for `Examples`.
     """
 
     size: int
@@ -107,6 +109,7 @@ class Windows:
     start: Any = None
     position: Any = None
     step: Any = None
+    query_start: Any = None
 
     @classmethod
     def over(cls, keys, scale, reduction):
@@ -135,6 +138,7 @@ class Windows:
                 position,
                 _steps(length, sizes, counts, scale, starts),
             )
+        windows = dataclasses.replace(windows, query_start=keys.query_start)
         if reduction == "first":
             is_first = windows.member * ops.cast(windows.running_counts() == 1, windows.dtype)
             windows = dataclasses.replace(windows, is_member=is_first > 0)
@@ -219,11 +223,14 @@ class Windows:
     def steps(self, query_length):
         """The step of each query, `(T,)` or `(B, T)`, for one axis."""
         position = ops.arange(query_length, dtype="int32")
+        if self.query_start is not None:
+            position = position + self.query_start
         return position if self.start is None else position - ops.expand_dims(self.start, axis=1)
 
     def reach(self, x, steps):
         """Reads `x`, `(B, M * size, ...)`, at `steps`, beyond the ends at the nearest."""
-        if self.start is None and _is_at_most(steps.shape[0], self.num_steps):
+        begins_there = self.start is None and self.query_start is None
+        if begins_there and _is_at_most(steps.shape[0], self.num_steps):
             return x[:, : steps.shape[0]]
         last = self.num_steps - 1
         return take_along_time(x, ops.minimum(ops.maximum(steps, 0), last))
@@ -233,9 +240,9 @@ class Windows:
         if is_padded:
             some = self.reach(self.running_counts() > 0, steps)
             return some & (steps >= 0) & (steps < self.num_steps)
-        if _is_at_most(query_length, self.num_steps):
+        if self.query_start is None and _is_at_most(query_length, self.num_steps):
             return None
-        return ops.expand_dims(steps < self.num_steps, axis=0)
+        return ops.expand_dims((steps >= 0) & (steps < self.num_steps), axis=0)
 
     def whole(self, visible):
         """Whether a query sees all members of a window; `(b, h, t, steps)` to `(.., M)`."""

@@ -61,8 +61,8 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
         """Gives each prefix a copy of its sequence."""
         return ops.repeat(x, count, axis=0)
 
-    def prefix_mask(mask, length):
-        reached = ops.arange(length, dtype="int32") <= ops.expand_dims(positions, axis=-1)
+    def prefix_mask(mask, length, ends):
+        reached = ops.arange(length, dtype="int32") <= ops.expand_dims(ends, axis=-1)
         reached = ops.tile(reached, (batch, 1))
         return reached if mask is None else ops.logical_and(reached, rows(mask))
 
@@ -74,7 +74,7 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
     else:
         length = ops.shape(queries.x)[1]
         prefix_queries = dataclasses.replace(
-            queries, x=rows(queries.x), mask=prefix_mask(queries.mask, length), end=end
+            queries, x=rows(queries.x), mask=prefix_mask(queries.mask, length, positions), end=end
         ).zero_padding()
     visible = keys.visible
     if visible is not None:
@@ -88,7 +88,9 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
         keys,
         key=rows(keys.key),
         value=rows(keys.value),
-        mask=prefix_mask(keys.mask, key_length),
+        mask=prefix_mask(
+            keys.mask, key_length, positions if queries.start is None else positions + queries.start
+        ),
         limit=None,
         is_triangular=False,
         is_prefix=True,

@@ -93,7 +93,7 @@ def primal_attention(query, examples):
     if log_scale is not None and examples.mask is not None:
         log_scale = ops.where(append_axes(examples.mask, 1), log_scale, NOTHING)
     if examples.is_causal:
-        output, total, log_factor = _causal_sums(
+        output, total, log_factor = causal_sums(
             query, key, widen(examples.value), log_scale, examples
         )
         if examples.own is not None:
@@ -108,7 +108,7 @@ def primal_attention(query, examples):
     return cast(share(output, ops.expand_dims(total, axis=-1)), examples.value.dtype)
 
 
-def _causal_sums(query, key, value, log_scale, examples):
+def causal_sums(query, key, value, log_scale, examples):
     """Sums of kernel times `value`, and of the kernel, over what each query sees.
 
     Returns:
@@ -129,7 +129,7 @@ def _causal_sums(query, key, value, log_scale, examples):
 
 
 def _chunked_sums(query, key, value, log_scale, examples):
-    """`_causal_sums` for queries by step: states before each chunk, products in it."""
+    """`causal_sums` for queries by step: states before each chunk, products in it."""
     length, chunk = ops.shape(query)[1], chunk_size(key.shape[-1])
     rows, count = chunk * examples.stride, num_chunks(length, key.shape[-1], examples.stride)
 

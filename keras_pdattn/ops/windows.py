@@ -112,8 +112,8 @@ class Window:
 
     def at_queries(self, x, position):
         """Reads `x`, `(B or 1, S)`, where queries stand; zero beyond the keys."""
-        inside = position < self.key_length
-        position = ops.minimum(position, self.key_length - 1)
+        inside = ops.logical_and(position >= 0, position < self.key_length)
+        position = ops.maximum(ops.minimum(position, self.key_length - 1), 0)
         if len(position.shape) == 2:
             x = ops.broadcast_to(x, (ops.shape(position)[0], self.key_length))
         return ops.where(inside, take_along_time(x, position), ops.zeros((1, 1), dtype=x.dtype))

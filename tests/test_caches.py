@@ -1,0 +1,273 @@
+"""Law 8: tokens that come one after the other give what they give together."""
+
+import functools
+
+import backends
+import keras
+import numpy as np
+import pytest
+from keras import ops as keras_ops
+from members import MEMBERS, PAIRS, RANDOM, SEQUENCE_MEMBERS
+from test_layers import values
+
+from keras_pdattn import Primal, layers, training_sets
+from keras_pdattn.layers import caches
+
+LENGTH = 7
+X = np.random.default_rng(0).normal(size=(3, LENGTH, 12)).astype("float32")
+#: No padding; two tokens of it in front, and one between; two behind.
+MASK = np.ones((3, LENGTH), "bool")
+MASK[1, [0, 1, 4]] = False
+MASK[2, 5:] = False
+
+SOME = list(dict.fromkeys(MEMBERS + [one for one in PAIRS if one.num_axes == 1]))
+
+
+def slow_unless(members):
+    """Every member; those not in `members` in the thorough run alone."""
+    return [
+        pytest.param(one, marks=[] if one in members else pytest.mark.slow, id=str(one))
+        for one in SEQUENCE_MEMBERS
+    ]
+
+
+def layer_of(member, **arguments):
+    layer = layers.PrimalDualAttention(4, 6, primal=member.primal, **arguments)
+    layer.build(X.shape, X.shape)
+    rng = np.random.default_rng(1)
+    weights = [rng.normal(size=w.shape) / 3 for w in layer.weights if "/primal/" not in w.path]
+    weights += [w for one in member.weights(4, 6) for w in one.values()]
+    layer.set_weights(weights)
+    return layer
+
+
+def stepper(layer):
+    """A call with a cache as a function of tensors, compiled once for all indices."""
+
+    def step(x, cache, index, mask=None):
+        return layer(
+            x, x, value_mask=mask, use_causal_mask=True, cache=cache, cache_update_index=index
+        )
+
+    return backends.jitted(step)
+
+
+def prefilled(layer, cache, count, mask=None):
+    if not count:
+        return np.zeros((3, 0, 12)), cache
+    x = X[:, :count]
+    output, cache = layer(
+        x, x, value_mask=mask, use_causal_mask=True, cache=cache, cache_update_index=0
+    )
+    return values(output), cache
+
+
+def decoded(layer, step, cache, count, mask=None):
+    """Outputs of `count` tokens at once and the others one by one."""
+    output, cache = prefilled(layer, cache, count, mask)
+    outputs = [output]
+    for index in range(count, LENGTH):
+        position = keras_ops.convert_to_tensor(index, dtype="int32")
+        output, cache = step(X[:, index : index + 1], cache, position, mask)
+        outputs.append(values(output))
+    return np.concatenate(outputs, axis=1)
+
+
+def cache_by_position(layer):
+    return caches.by_position(layer).zeros(layer, 3, LENGTH, "float32")
+
+
+def rounding(layer):
+    """What outputs move by when inputs are rounded once: prefixes may have hardly any spread."""
+    moved = X * (1 + np.finfo("float32").eps * np.random.default_rng(2).choice([-1, 1], X.shape))
+    moved = moved.astype("float32")
+    full = [values(layer(x, x, value_mask=MASK, use_causal_mask=True)) for x in (X, moved)]
+    return 4 * np.abs(full[1] - full[0])[MASK].max()
+
+
+@pytest.mark.parametrize("kind", ["least", "by position"])
+@pytest.mark.parametrize("member", slow_unless(SOME))
+def test_steps_give_what_the_whole_sequence_does(member, kind):
+    layer = layer_of(member)
+    step = stepper(layer)
+    cache = layer.init_cache(3, LENGTH) if kind == "least" else cache_by_position(layer)
+    atol = 2e-5 + rounding(layer)
+    for mask in (None, MASK):
+        full = values(layer(X, X, value_mask=mask, use_causal_mask=True))
+        valid = np.ones_like(MASK) if mask is None else mask
+        for count in (0, 1, 4, 7) if backends.BACKEND == "jax" else range(LENGTH + 1):
+            output = decoded(layer, step, cache, count, mask)
+            np.testing.assert_allclose(output[valid], full[valid], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("index", [3, "tensor"])
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_several_tokens_may_come_at_once(member, index):
+    layer = layer_of(member)
+    full = values(layer(X, X, value_mask=MASK, use_causal_mask=True))
+    for cache in (layer.init_cache(3, LENGTH), cache_by_position(layer)):
+        _, cache = prefilled(layer, cache, 3, MASK)
+        position = keras_ops.convert_to_tensor(3, dtype="int32") if index == "tensor" else index
+        output, _ = stepper(layer)(X[:, 3:], cache, position, MASK)
+        valid = MASK[:, 3:]
+        atol = 2e-5 + rounding(layer)
+        np.testing.assert_allclose(values(output)[valid], full[:, 3:][valid], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_scores_and_attention_masks_are_those_of_all_positions(member):
+    layer = layer_of(member)
+    mask = np.random.default_rng(3).random((3, LENGTH, LENGTH)) < 0.7
+    options = {"use_causal_mask": True, "return_attention_scores": True}
+    full, full_scores = layer(X, X, attention_mask=mask, query_mask=MASK, **options)
+    cache = cache_by_position(layer)
+    for start, stop in ((0, 3), (3, 4), (4, 7)):
+        x = X[:, start:stop]
+        output, scores, cache = layer(
+            x,
+            x,
+            attention_mask=mask[:, start:stop],
+            query_mask=MASK[:, start:stop],
+            cache=cache,
+            cache_update_index=start,
+            **options,
+        )
+        atol = 2e-5 + rounding(layer)
+        for got, expected in (
+            (output, values(full)[:, start:stop]),
+            (scores, values(full_scores)[:, :, start:stop]),
+        ):
+            np.testing.assert_allclose(values(got), expected, rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_a_cache_that_is_not_updated_stands_for_the_values(member):
+    layer = layer_of(member)
+    query = X[:, :2] + 1
+    expected = layer(query, X, value_mask=MASK)
+    _, cache = layer(
+        X, X, use_causal_mask=True, cache=cache_by_position(layer), cache_update_index=0
+    )
+    output, after = layer(query, X * 0, value_mask=MASK, cache=cache)
+    np.testing.assert_allclose(values(output), values(expected), rtol=0, atol=1e-5)
+    assert keras.tree.map_structure(lambda x: x.shape, after) == keras.tree.map_structure(
+        lambda x: x.shape, cache
+    )
+
+
+def test_without_causality_what_is_not_filled_is_not_seen():
+    layer = layer_of(next(one for one in MEMBERS if str(one) == "softmax-bn"))
+    for index in (2, keras_ops.convert_to_tensor(2)):
+        _, cache = layer(X[:, :2], X[:, :2], cache=layer.init_cache(3, 9), cache_update_index=0)
+        output, _ = layer(X[:, 2:4], X[:, 2:4], cache=cache, cache_update_index=index)
+        expected = layer(X[:, 2:4], X[:, :4])
+        np.testing.assert_allclose(values(output), values(expected), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("primal", "structure"),
+    [
+        ("softmax", (2, 2, 64, 4, 6)),
+        ("batch_norm", (2, 2, 64, 4, 6)),
+        ("conv1d", (2, 3, 64, 4, 6)),
+        (
+            Primal(training_set=training_sets.SlidingWindow(5, dilation=2)),
+            {"key": (2, 10, 4, 6), "value": (2, 10, 4, 6), "valid": (2, 10)},
+        ),
+        ("sliding_window", (2, 2, 64, 4, 6)),  # The window is as long as the cache.
+        ("linear", {"state": (2, 4, 6, 6), "normalizer": (2, 4, 6)}),
+        (
+            Primal(RANDOM),
+            {"state": (2, 4, 6, 6), "normalizer": (2, 4, 6), "log_scale": (2, 4)},
+        ),
+    ],
+    ids=str,
+)
+def test_each_member_keeps_what_it_needs(primal, structure):
+    layer = layers.PrimalDualAttention(4, 6, primal=primal, dtype="mixed_bfloat16")
+    layer.build(X.shape, X.shape)
+    cache = layer.init_cache(batch_size=2, max_length=64)
+    assert caches._shapes(cache) == structure
+    dtypes = {keras.backend.standardize_dtype(x.dtype) for x in keras.tree.flatten(cache)}
+    assert dtypes - {"bool"} == {"float32" if "state" in structure else "bfloat16"}
+    x = keras_ops.ones((2, 1, 12))
+    _, after = layer(x, x, use_causal_mask=True, cache=cache, cache_update_index=0)
+    like = [
+        keras.tree.map_structure(lambda x: (tuple(x.shape), str(x.dtype)), one)
+        for one in (cache, after)
+    ]
+    assert like[0] == like[1]
+
+
+def test_values_may_have_another_depth():
+    layer = layers.BatchNormAttention(4, 6, value_dim=3)
+    layer.build(X.shape, X.shape)
+    cache = layer.init_cache(3, LENGTH)
+    assert caches._shapes(cache) == {"key": (3, 7, 4, 6), "value": (3, 7, 4, 3)}
+    full = values(layer(X, X, use_causal_mask=True))
+    output = decoded(layer, stepper(layer), cache, 2)
+    np.testing.assert_allclose(output, full, rtol=0, atol=2e-5)
+
+
+def test_a_ring_goes_round_many_times():
+    layer = layers.SlidingWindowAttention(4, 6, size=2)
+    layer.build(X.shape, X.shape)
+    x = np.concatenate([X, X + 1, X - 1], axis=1)
+    full, cache = values(layer(x, x, use_causal_mask=True)), layer.init_cache(3, 21)
+    assert cache["key"].shape[1] == 2
+    start = 0
+    for count in (5, 1, 1, 3, 1, 8, 2):
+        new = x[:, start : start + count]
+        output, cache = layer(new, new, use_causal_mask=True, cache=cache, cache_update_index=start)
+        expected = full[:, start : start + count]
+        np.testing.assert_allclose(values(output), expected, rtol=0, atol=1e-5)
+        start += count
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_symbolic_calls_have_the_same_structure(member):
+    layer = layer_of(member)
+    cache = layer.init_cache(3, LENGTH)
+    symbolic = keras.tree.map_structure(
+        lambda x: keras.KerasTensor(x.shape, keras.backend.standardize_dtype(x.dtype)), cache
+    )
+    x = keras.KerasTensor((3, 1, 12))
+    index = keras.KerasTensor((), dtype="int32")
+    options = {"use_causal_mask": True}
+    spec = layer(x, x, cache=symbolic, cache_update_index=index, **options)
+    result = layer(X[:, :1], X[:, :1], cache=cache, cache_update_index=0, **options)
+    describe = functools.partial(keras.tree.map_structure, lambda x: tuple(x.shape))
+    assert describe(spec) == describe(result)
+
+
+def error_of(layer, **arguments):
+    with pytest.raises(ValueError) as error:
+        layer(X[:, :2], X[:, :2], **arguments)
+    assert "Received: " in str(error.value)
+    return str(error.value)
+
+
+def test_wrong_calls_are_refused():
+    layer = layer_of(MEMBERS[0])
+    cache = layer.init_cache(3, LENGTH)
+    causal = {"use_causal_mask": True}
+    assert "place in a `cache`" in error_of(layer, cache_update_index=1)
+    assert "room for 7 tokens" in error_of(layer, cache=cache, cache_update_index=6, **causal)
+    assert "integer" in error_of(layer, cache=cache, cache_update_index=1.5, **causal)
+    assert "non-negative" in error_of(layer, cache=cache, cache_update_index=-1, **causal)
+    assert "must have the shapes" in error_of(layer, cache=cache[:, :, :, :2], cache_update_index=0)
+    wrong = np.ones((3, 5), "bool")
+    assert "value_mask" in error_of(layer, cache=cache, cache_update_index=0, value_mask=wrong)
+    linear = layers.LinearAttention(4, 6)
+    linear.build(X.shape, X.shape)
+    state = linear.init_cache(3, LENGTH)
+    assert "use_causal_mask" in error_of(linear, cache=state, cache_update_index=0)
+    assert "attention scores" in error_of(
+        linear, cache=state, cache_update_index=0, return_attention_scores=True, **causal
+    )
+    with pytest.raises(ValueError, match="must have the shapes"):
+        layer(X, X, cache=state, cache_update_index=0, **causal)
+    with pytest.raises(ValueError, match="built"):
+        layers.LinearAttention(4, 6).init_cache(3, LENGTH)
+    with pytest.raises(ValueError, match="query for each new key"):
+        layer(X[:, :1], X, cache=cache, cache_update_index=0, **causal)
