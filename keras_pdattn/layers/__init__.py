@@ -10,6 +10,8 @@ from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
 from keras_pdattn.layers.scaled_head_attention import ScaledHeadAttention
 from keras_pdattn.layers.sliding_window_attention import SlidingWindowAttention
 from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
+from keras_pdattn.layers.transformer_decoder import TransformerDecoder
+from keras_pdattn.layers.transformer_encoder import TransformerEncoder
 
 __all__ = [
     "BatchNormAttention",
@@ -22,4 +24,6 @@ __all__ = [
     "ScaledHeadAttention",
     "SlidingWindowAttention",
     "SupportVectorAttention",
+    "TransformerDecoder",
+    "TransformerEncoder",
 ]
