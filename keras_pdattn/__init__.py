@@ -10,6 +10,7 @@ from keras_pdattn import (
     training_sets,
     transforms,
 )
+from keras_pdattn.convert import convert, register_block
 from keras_pdattn.primals import Primal
 
 __version__ = "0.1.0"
@@ -17,11 +18,13 @@ __version__ = "0.1.0"
 __all__ = [
     "Primal",
     "analysis",
+    "convert",
     "duality",
     "feature_maps",
     "layers",
     "ops",
     "primals",
+    "register_block",
     "training_sets",
     "transforms",
 ]

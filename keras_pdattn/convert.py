@@ -1,0 +1,361 @@
+"""Existing models with the attention of another primal problem, and their weights."""
+
+import functools
+import inspect
+import warnings
+
+import keras
+from keras.src.models.functional import Functional  # Which has no public name.
+
+from keras_pdattn import descriptions, primals
+from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.layers.transformer_decoder import TransformerDecoder
+from keras_pdattn.layers.transformer_encoder import TransformerEncoder
+
+#: Layers that become one of ours, by the package and name of their class, which need not be
+#: imported.
+_REPLACED = {
+    "keras.MultiHeadAttention": PrimalDualAttention,
+    "keras_hub.CachedMultiHeadAttention": PrimalDualAttention,
+    "keras_hub.TransformerEncoder": TransformerEncoder,
+    "keras_hub.TransformerDecoder": TransformerDecoder,
+}
+
+#: Blocks whose attention layers may be replaced: the names of the attributes that hold these.
+_BLOCKS = {
+    "keras_hub.CLIPEncoderLayer": ("attention",),
+    "keras_hub.DINOV2Attention": ("attention",),
+    "keras_hub.DeiTEncoderBlock": ("mha",),
+    "keras_hub.MetaCLIP2EncoderLayer": ("attention",),
+    "keras_hub.SigLIPEncoderLayer": ("self_attn",),
+    "keras_hub.ViTEncoderBlock": ("mha",),
+}
+
+
+def convert(model, primal):
+    r"""Returns a copy of a model whose attention layers have another primal problem.
+
+    `keras.layers.MultiHeadAttention`, `keras_hub.layers.CachedMultiHeadAttention`,
+    `TransformerEncoder` and `TransformerDecoder` become layers of this package, with the weights
+    they have, wherever they are: in Functional and Sequential models, in models inside of these,
+    in KerasHub's backbones and tasks, and in blocks that are registered. With `primal="softmax"`
+    the copy computes what the model does; with another one it is a start for fine-tuning.
+
+    The copy has the class of the model, and its methods: a `GPT2CausalLM` generates. It saves,
+    and loads wherever `keras_pdattn` is imported. It is not compiled, as a compiled model's
+    optimiser has variables for other weights; a task is, as it is when it is made.
+
+    A warning names the layers that stay as they are, and says why.
+
+    Masking, causality and cost: those of the layers and the primal problem. A block of another
+    package may hand padding or causality to its attention as an `attention_mask`, which no
+    statistics and windows can be taken from; only registered blocks are converted.
+
+    Args:
+        model: a `keras.Model`, built: Functional, Sequential, a backbone or a task of KerasHub.
+        primal: a `keras_pdattn.Primal`, its name or its config; or a function that gives one,
+            or `None` to leave the layer, for the path of a layer, such as
+            `"transformer_layer_0"`, and its index among those that can be converted.
+
+    Returns:
+        The copy.
+
+    Raises:
+        ValueError: if the model is not built, none of its layers can be converted, it has LoRA
+            adapters, or a primal problem has no meaning for a layer.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_pdattn
+
+    x = keras.Input((None, 16))
+    model = keras.Model(x, keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)(x, x))
+    converted = keras_pdattn.convert(model, "batch_norm")
+    ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781).
+    """
+    _check(model)
+    copy = _copy(model)
+    found, left = _search(copy)
+    primal_of = primal if callable(primal) else (lambda path, index: primal)
+    chosen = {}
+    for index, (path, layer) in enumerate(found):
+        its_primal = primal_of(path, index)
+        if its_primal is None:
+            left.append((path, layer, "`primal` gave None for it"))
+        else:
+            chosen[path] = layer, primals.get(its_primal)
+    if not chosen:
+        raise ValueError(
+            "There is no attention layer in the model that can be converted. "
+            f"Received: {type(model).__name__} with {_listed(left) or 'none at all'}"
+        )
+    if left:
+        warnings.warn(f"Not converted: {_listed(left)}", stacklevel=2)
+    primal_by_layer = {id(layer): its_primal for layer, its_primal in chosen.values()}
+    undescribed = [
+        (one, _by_place(one, primal_by_layer)) for one in _undescribed(copy, primal_by_layer)
+    ]
+    for path, (layer, its_primal) in chosen.items():
+        try:
+            _replace(layer, its_primal)
+        except ValueError as error:
+            raise ValueError(f"`{path}` can't be converted. {error}") from error
+    for one, by_place in undescribed:
+        _describe(one, by_place)
+    _track_new_weights(copy)
+    return copy
+
+
+def _listed(left):
+    """Layers and reasons in words."""
+    return "; ".join(f"`{path}` ({type(layer).__name__}): {why}" for path, layer, why in left)
+
+
+def register_block(block, *attributes):
+    """Lets `convert` replace the attention layers that a block of yours holds.
+
+    The block's `call` has to hand padding to them as `query_mask`, `value_mask` or `key_mask` (or
+    to have none), and causality as `use_causal_mask`, as statistics and windows need to tell
+    these from other masks.
+
+    Args:
+        block: a subclass of `keras.layers.Layer`; its own subclasses are not meant.
+        *attributes: names of the attributes that hold a `keras.layers.MultiHeadAttention`.
+
+    Raises:
+        ValueError: if `block` is no such class, or there is no attribute.
+
+    Example:
+
+    ```python
+    import keras
+    import keras_pdattn
+
+    @keras.saving.register_keras_serializable(package="my_package")
+    class Block(keras.layers.Layer):
+        def build(self, shape):
+            self.attention = keras.layers.MultiHeadAttention(num_heads=2, key_dim=8)
+            self.attention.build(shape, shape)
+
+        def call(self, x):
+            return x + self.attention(x, x)
+
+    keras_pdattn.register_block(Block, "attention")
+    ```
+    """
+    if not (isinstance(block, type) and issubclass(block, keras.layers.Layer)) or not attributes:
+        raise ValueError(
+            "`block` must be a subclass of `keras.layers.Layer`, followed by names of attributes. "
+            f"Received: block={block!r}, attributes={attributes}"
+        )
+    _BLOCKS[_key(block)] = attributes
+
+
+def _check(model):
+    if not isinstance(model, keras.Model) or not model.built:
+        raise ValueError(
+            f"`model` must be a `keras.Model` that is built. Received: model={model!r}"
+        )
+    adapted = [one.path for one in _layers_of(model) if getattr(one, "lora_enabled", False)]
+    if adapted:
+        raise ValueError(
+            "A model is converted first, and adapted by LoRA then. "
+            f"Received: a model with adapters in {', '.join(adapted)}"
+        )
+
+
+def _layers_of(model):
+    """All layers, the model among them."""
+    return model._flatten_layers(include_self=True)
+
+
+def _copy(model):
+    """The same model with variables of its own, not compiled."""
+    config = model.get_config()
+    if _is_task(model):
+        # The config of a preprocessor has no vocabulary.
+        parts = {"backbone": _copy(model.backbone), "preprocessor": model.preprocessor}
+        copy = type(model).from_config({**config, **parts})
+    else:
+        description = keras.saving.serialize_keras_object(model)
+        description.pop("compile_config", None)
+        with keras.saving.custom_object_scope({type(model).__name__: type(model)}):
+            copy = keras.saving.deserialize_keras_object(description, safe_mode=False)
+    for ours, theirs in zip(copy.variables, model.variables, strict=True):
+        ours.assign(theirs)
+    for ours, theirs in zip(_layers_of(copy), _layers_of(model), strict=True):
+        if ours.trainable != theirs.trainable:
+            ours.trainable = theirs.trainable
+    return copy
+
+
+def _is_task(model):
+    """Whether a model is made from a backbone, as KerasHub's tasks are."""
+    return isinstance(getattr(model, "backbone", None), keras.Model)
+
+
+def _search(model):
+    """Finds the layers that can be replaced, and the attention layers that can't.
+
+    Returns:
+        `(found, left)`: lists of `(path, layer)`, and of `(path, layer, reason)`, in an order that
+        depends on nothing but the model's class and config.
+    """
+    found, left, seen = [], [], set()
+
+    def visit(layer, container, attribute):
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        path, name = layer.path or layer.name, type(layer).__name__
+        if _key_of(layer) in _REPLACED:
+            reason = _reason_to_leave(container, attribute)
+            found.append((path, layer)) if reason is None else left.append((path, layer, reason))
+        elif isinstance(layer, tuple(_REPLACED.values())):
+            left.append((path, layer, "it has a primal problem"))
+        elif isinstance(layer, keras.layers.MultiHeadAttention):
+            left.append((path, layer, f"{name} may compute something else"))
+        else:
+            children = _children(layer)
+            if "Attention" in name and not children:
+                left.append((path, layer, f"{name} has an attention of its own"))
+            for attribute, child in children:
+                visit(child, layer, attribute)
+
+    visit(model, None, None)
+    return found, left
+
+
+def _key_of(layer):
+    return _key(type(layer))
+
+
+def _key(cls):
+    """The package and name of a class, its subclasses excluded."""
+    return f"{cls.__module__.split('.')[0]}.{cls.__name__}"
+
+
+def _reason_to_leave(container, attribute):
+    """Why an attention layer in an attribute of `container` can't be replaced; `None` if it can."""
+    if _has_graph(container) or attribute in _BLOCKS.get(_key_of(container), ()):
+        return None
+    return f"`register_block` has not been told of {type(container).__name__}"
+
+
+def _has_graph(model):
+    """Whether a model's calls of its layers are there to be seen."""
+    return isinstance(model, (Functional, keras.Sequential))
+
+
+def _children(layer):
+    """`(attribute, layer)` for the layers a layer holds, those of a graph without attribute."""
+    if _has_graph(layer):
+        return [(None, child) for child in layer.layers]
+    return [
+        (name, child)
+        for name, value in vars(layer).items()
+        if name != "_layers"
+        for child in keras.tree.flatten(value)
+        if isinstance(child, keras.layers.Layer)
+    ]
+
+
+def _replace(layer, primal):
+    """Makes a built layer, in place, one of ours with the same weights.
+
+    All that refers to it goes on doing so: the graph of a Functional model, attributes of blocks
+    and tasks, lists of variables.
+    """
+    attention_layers = [one for _, one in _children(layer) if _key_of(one) in _REPLACED]
+    layer.__class__ = _REPLACED[_key_of(layer)]
+    # What `keras.layers.Layer` finds out about a class when an instance is made.
+    layer._call_signature = inspect.signature(layer.call)
+    layer.call_signature_parameters = list(layer._call_signature.parameters)
+    layer.adopt(primal)
+    for one in attention_layers:
+        is_cross = one is getattr(layer, "_cross_attention_layer", None)
+        _replace(one, layer.cross_attention_primal if is_cross else primal)
+
+
+def _track_new_weights(model):
+    """Has torch's modules list the weights of replaced layers as well."""
+    for layer in _layers_of(model):
+        if hasattr(layer, "_track_variables"):
+            layer._track_variables()
+
+
+def _undescribed(layer, primal_by_layer):
+    """The models and blocks, outermost ones, whose config does not tell of replaced layers."""
+    is_replaced = id(layer) in primal_by_layer
+    if is_replaced or not any(id(one) in primal_by_layer for one in _layers_of(layer)):
+        return []
+    if _is_task(layer):
+        return _undescribed(layer.backbone, primal_by_layer)
+    if type(layer) in (Functional, keras.Sequential):
+        return [one for child in layer.layers for one in _undescribed(child, primal_by_layer)]
+    return [layer]
+
+
+def _by_place(layer, primal_by_layer):
+    """Primal problems by the place of their layers among those in `layer` that can be replaced."""
+    found = enumerate(one for _, one in _search(layer)[0])
+    return {
+        str(place): primal_by_layer[id(one)] for place, one in found if id(one) in primal_by_layer
+    }
+
+
+def _describe(layer, primal_by_place):
+    """Has a model or a block tell in its config which of its layers are replaced."""
+    layer._primal_by_place = primal_by_place
+    layer.__class__ = _converted_class(type(layer))
+
+
+@functools.cache
+def _converted_class(cls):
+    name, body = Converted.__name__, {"__module__": Converted.__module__, "__doc__": cls.__doc__}
+    converted = type(name, (Converted, cls), body)
+    register = keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+    register(converted)
+    register(Converted)  # The one that reads all of them.
+    return converted
+
+
+@keras.saving.register_keras_serializable(package=descriptions.PACKAGE)
+class Converted:
+    """Mixed into the class of a model or block that holds replaced attention layers.
+
+    Its own config would bring back the layers that were there; to that this adds which of them
+    have which primal problem.
+    """
+
+    def get_config(self):
+        cls = type(self).__mro__[2]
+        return {
+            "original": {
+                "module": cls.__module__,
+                "class_name": cls.__name__,
+                "registered_name": keras.saving.get_registered_name(cls),
+                "config": keras.saving.serialize_keras_object(super().get_config()),
+                "build_config": self.get_build_config(),
+            },
+            "primals": {
+                place: primals.serialize(primal) for place, primal in self._primal_by_place.items()
+            },
+        }
+
+    @classmethod
+    def from_config(cls, config):
+        layer = keras.saving.deserialize_keras_object(config["original"])
+        found = _search(layer)[0]
+        by_place = {place: primals.get(primal) for place, primal in config["primals"].items()}
+        for place, primal in by_place.items():
+            _replace(found[int(place)][1], primal)
+        _describe(layer, by_place)
+        _track_new_weights(layer)
+        return layer
