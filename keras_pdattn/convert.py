@@ -61,8 +61,8 @@ def convert(model, primal):
         The copy.
 
     Raises:
-        ValueError: if the model is not built, none of its layers can be converted, it has LoRA
-            adapters, or a primal problem has no meaning for a layer.
+        ValueError: if the model is not built, is converted already, has LoRA adapters or no
+            layer that can be converted, or a primal problem has no meaning for a layer.
 
     Example:
 
@@ -162,6 +162,11 @@ def _check(model):
         raise ValueError(
             f"`model` must be a `keras.Model` that is built. Received: model={model!r}"
         )
+    if any(isinstance(one, Converted) for one in _layers_of(model)):
+        raise ValueError(
+            "A model is converted once; convert the one it came from. "
+            f"Received: a model that is, {model.name}"
+        )
     adapted = [one.path for one in _layers_of(model) if getattr(one, "lora_enabled", False)]
     if adapted:
         raise ValueError(
@@ -209,26 +214,26 @@ def _search(model):
     """
     found, left, seen = [], [], set()
 
-    def visit(layer, container, attribute):
+    def visit(layer, container):
         if id(layer) in seen:
             return
         seen.add(id(layer))
         path, name = layer.path or layer.name, type(layer).__name__
         if _key_of(layer) in _REPLACED:
-            reason = _reason_to_leave(container, attribute)
+            reason = _reason_to_leave(container, layer)
             found.append((path, layer)) if reason is None else left.append((path, layer, reason))
         elif isinstance(layer, tuple(_REPLACED.values())):
             left.append((path, layer, "it has a primal problem"))
         elif isinstance(layer, keras.layers.MultiHeadAttention):
             left.append((path, layer, f"{name} may compute something else"))
         else:
-            children = _children(layer)
-            if "Attention" in name and not children:
+            before = len(found) + len(left)
+            for child in _children(layer):
+                visit(child, layer)
+            if "Attention" in name and len(found) + len(left) == before:
                 left.append((path, layer, f"{name} has an attention of its own"))
-            for attribute, child in children:
-                visit(child, layer, attribute)
 
-    visit(model, None, None)
+    visit(model, None)
     return found, left
 
 
@@ -241,9 +246,12 @@ def _key(cls):
     return f"{cls.__module__.split('.')[0]}.{cls.__name__}"
 
 
-def _reason_to_leave(container, attribute):
-    """Why an attention layer in an attribute of `container` can't be replaced; `None` if it can."""
-    if _has_graph(container) or attribute in _BLOCKS.get(_key_of(container), ()):
+def _reason_to_leave(container, attention):
+    """Why `container` has to keep an attention layer; `None` if it can be replaced."""
+    attributes = _BLOCKS.get(_key_of(container), ())
+    tells_masks_apart = _REPLACED[_key_of(attention)] is not PrimalDualAttention
+    is_named = any(getattr(container, one) is attention for one in attributes)
+    if tells_masks_apart or is_named or _has_graph(container):
         return None
     return f"`register_block` has not been told of {type(container).__name__}"
 
@@ -254,16 +262,8 @@ def _has_graph(model):
 
 
 def _children(layer):
-    """`(attribute, layer)` for the layers a layer holds, those of a graph without attribute."""
-    if _has_graph(layer):
-        return [(None, child) for child in layer.layers]
-    return [
-        (name, child)
-        for name, value in vars(layer).items()
-        if name != "_layers"
-        for child in keras.tree.flatten(value)
-        if isinstance(child, keras.layers.Layer)
-    ]
+    """The layers that a layer holds itself."""
+    return list(layer._flatten_layers(include_self=False, recursive=False))
 
 
 def _replace(layer, primal):
@@ -272,7 +272,7 @@ def _replace(layer, primal):
     All that refers to it goes on doing so: the graph of a Functional model, attributes of blocks
     and tasks, lists of variables.
     """
-    attention_layers = [one for _, one in _children(layer) if _key_of(one) in _REPLACED]
+    attention_layers = [one for one in _children(layer) if _key_of(one) in _REPLACED]
     layer.__class__ = _REPLACED[_key_of(layer)]
     # What `keras.layers.Layer` finds out about a class when an instance is made.
     layer._call_signature = inspect.signature(layer.call)
@@ -297,7 +297,7 @@ def _undescribed(layer, primal_by_layer):
         return []
     if _is_task(layer):
         return _undescribed(layer.backbone, primal_by_layer)
-    if type(layer) in (Functional, keras.Sequential):
+    if type(layer).get_config in (Functional.get_config, keras.Sequential.get_config):
         return [one for child in layer.layers for one in _undescribed(child, primal_by_layer)]
     return [layer]
 

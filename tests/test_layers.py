@@ -557,3 +557,23 @@ def test_a_subclass_that_overrides_compute_attention():
         seen_mask, context = hooked.seen
         assert (seen_mask is None) == (primal == "batch_norm")
         assert set(context) == (set() if primal == "softmax" else {"use_causal_mask", "key_mask"})
+
+
+class Outer(keras.layers.Layer):
+    """A layer that holds one of ours and does not say what comes out of it."""
+
+    def __init__(self, inner, **arguments):
+        super().__init__()
+        self.inner, self.arguments = inner, arguments
+
+    def call(self, x, its_mask):
+        return self.inner(x, x, query_mask=its_mask, value_mask=its_mask, **self.arguments)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+@every_member
+def test_a_layer_around_one_need_not_know_the_length(member, is_causal):
+    """Keras traces what the outer layer does, on JAX with symbols for sizes."""
+    outer = Outer(built(member), use_causal_mask=is_causal)
+    spec = outer(keras.KerasTensor((None, None, 12)), keras.KerasTensor((None, None), "bool"))
+    assert spec.shape == (None, None, 12)

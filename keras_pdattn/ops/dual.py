@@ -179,9 +179,10 @@ def _attend_in_blocks(operands, examples, weigh, dropout):
 def block_size(batch_and_heads, num_examples):
     """How many queries share a block: a power of two."""
     times = TIMES_ON_GPU if native.runs_on_gpu() else 1
-    of_query = num_examples or times * MOST_WEIGHTS
+    # On JAX a size that is not known is a symbol, which can't be compared.
+    of_query = num_examples if isinstance(num_examples, int) else times * MOST_WEIGHTS
     for size in batch_and_heads:
-        of_query *= size or 1
+        of_query *= size if isinstance(size, int) else 1
     most = times * MOST_WEIGHTS // max(of_query, 1)
     most = min(max(most, LEAST_BLOCK), times * MOST_BLOCK)
     return 2 ** (most.bit_length() - 1)
@@ -190,6 +191,7 @@ def block_size(batch_and_heads, num_examples):
 def dual_form(query_shape, num_examples):
     """Whether to write down weights `"whole"` or in `"blocks"`, `query_shape` as `(B, T, H, F)`."""
     batch, length, num_heads, _ = query_shape
-    if length is not None and length <= 2 * block_size((batch, num_heads), num_examples):
-        return "whole"
-    return "blocks"
+    is_short = isinstance(length, int) and length <= 2 * block_size(
+        (batch, num_heads), num_examples
+    )
+    return "whole" if is_short else "blocks"
