@@ -18,7 +18,7 @@ from keras import ops
 
 from keras_pdattn.feature_maps import FeatureMap
 from keras_pdattn.layers.masking import attach_mask, get_keras_mask
-from keras_pdattn.ops import masks, recurrence
+from keras_pdattn.ops import masks, native, recurrence
 from keras_pdattn.ops.dtypes import NOTHING, cast
 from keras_pdattn.ops.indexing import append_axes, fit_axis, take_along_time, zero_where_masked
 from keras_pdattn.training_sets import AllKeys, SlidingWindow
@@ -213,7 +213,7 @@ class KeyValueCache(Cache):
         )
         output = zero_where_masked(take_along_time(output, before + index), query_mask)
         if scores is not None:
-            by_query = ops.swapaxes(ops.take(scores, before + index, axis=2), 1, 2)
+            by_query = ops.swapaxes(native.take(scores, before + index, axis=2), 1, 2)
             scores = ops.swapaxes(zero_where_masked(by_query, query_mask), 1, 2)
         return output, scores
 
@@ -288,7 +288,7 @@ class WindowCache(Cache):
         if tokens.are_first:
             return *solve(tokens), after
         position = tokens.index - self.size + ops.arange(self.size, dtype="int32")
-        before = {name: ops.take(x, position % self.size, axis=1) for name, x in cache.items()}
+        before = {name: native.take(x, position % self.size, axis=1) for name, x in cache.items()}
         before["valid"] = ops.logical_and(before["valid"], position >= 0)
         key, value, mask = (
             ops.concatenate([cast(before[name], x.dtype), x], axis=1) for name, x in new.items()

@@ -141,7 +141,7 @@ def attention(
     checks.check_grids(query.shape[1], key.shape[1], query_grid, key_grid)
     query_start = checks.query_start(query_start, query_grid)
     primal.check_call(1 if key_grid is None else len(key_grid), is_causal)
-    num_heads, query_length = query.shape[2], ops.shape(query)[1]
+    num_heads, query_length = int(query.shape[2]), ops.shape(query)[1]
     groups = primal.training_set.groups(num_heads)
     if 0 in (query.shape[0], query.shape[1], key.shape[1]):
         depth = value.shape[3] if projections is None else projections[1].kernel.shape[2]

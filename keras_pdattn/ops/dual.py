@@ -191,6 +191,8 @@ def block_size(batch_and_heads, num_examples):
 def dual_form(query_shape, num_examples):
     """Whether to write down weights `"whole"` or in `"blocks"`, `query_shape` as `(B, T, H, F)`."""
     batch, length, num_heads, _ = query_shape
+    if native.is_tracing():
+        return "whole"
     is_short = isinstance(length, int) and length <= 2 * block_size(
         (batch, num_heads), num_examples
     )

@@ -254,6 +254,8 @@ class Examples:
         """Whether a window leaves so little to each query that the rest need not be looked at."""
         if self.window is None or self.visible is not None or self.query_start is not None:
             return False
+        if native.is_tracing():
+            return False
         return self.window.has_bands(self.is_causal)
 
     def kernel_mask(self):

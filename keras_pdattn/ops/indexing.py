@@ -14,8 +14,8 @@ def take_along_time(x, index):
         A tensor of shape `(batch, n, ...)`.
     """
     if len(index.shape) == 1:
-        return ops.take(x, index, axis=1)
-    return ops.take_along_axis(x, append_axes(index, len(x.shape) - 2), axis=1)
+        return native.take(x, index, axis=1)
+    return native.take_along_axis(x, append_axes(index, len(x.shape) - 2), axis=1)
 
 
 def append_axes(x, count):

@@ -50,6 +50,32 @@ def split(x, sizes, axis):
     return ops.split(x, list(itertools.accumulate(sizes[:-1])), axis=axis)
 
 
+def take(x, index, axis):
+    """`ops.take` for a vector of indices that are in range, which ONNX knows on torch."""
+    return torch_native.take(x, index, axis) if IS_TORCH else ops.take(x, index, axis=axis)
+
+
+def take_along_axis(x, index, axis):
+    """`ops.take_along_axis` for indices that are in range, broadcast to the other axes of `x`."""
+    if IS_TORCH:
+        return torch_native.take_along_axis(x, index, axis)
+    return ops.take_along_axis(x, index, axis=axis)
+
+
+def is_tracing():
+    """Whether torch records operations for ONNX, loops included as often as they run here."""
+    return IS_TORCH and torch_native.is_tracing()
+
+
+def refuse_tracing(what):
+    """Raises a `ValueError` if torch records operations, for a loop over a sequence."""
+    if is_tracing():
+        raise ValueError(
+            f"{what} can't be exported to ONNX from PyTorch, which would record the steps of one "
+            "length. Export it from another backend. Received: an export from PyTorch"
+        )
+
+
 def softmax_attention(query, key, value, mask, scale, is_causal, flash_attention=None):
     """`ops.dot_product_attention`; on torch without its copies of queries, keys and values."""
     if IS_TORCH and not flash_attention:

@@ -6,7 +6,7 @@ from typing import Any
 
 from keras import ops
 
-from keras_pdattn.ops import masks
+from keras_pdattn.ops import masks, native
 from keras_pdattn.ops.dtypes import accumulator, cast
 from keras_pdattn.ops.examples import Examples, OwnExample
 from keras_pdattn.ops.indexing import (
@@ -334,8 +334,8 @@ def _steps(length, sizes, counts, scale, starts):
 def _take_along_last(x, index):
     """Reads `x`, `(b, h, t, n)`, at `index`, `(m,)` or `(B, m)`, along its last axis."""
     if len(index.shape) == 1:
-        return ops.take(x, index, axis=-1)
+        return native.take(x, index, axis=3)
     shape = (ops.shape(index)[0],) + tuple(ops.shape(x)[1:])
-    return ops.take_along_axis(
-        ops.broadcast_to(x, shape), ops.expand_dims(index, axis=(1, 2)), axis=-1
+    return native.take_along_axis(
+        ops.broadcast_to(x, shape), ops.expand_dims(index, axis=(1, 2)), axis=3
     )

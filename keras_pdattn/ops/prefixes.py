@@ -4,6 +4,7 @@ import dataclasses
 
 from keras import ops
 
+from keras_pdattn.ops import native
 from keras_pdattn.ops.indexing import join_axes
 
 #: Queries whose prefixes are held at once: their memory is that many times the keys'.
@@ -32,6 +33,7 @@ def prefix_by_prefix(solve, queries, keys, dropout, is_pointwise):
         `(output, scores)`, scores `None` where `solve` gives none.
     """
     query_length = ops.shape(queries.x)[1]
+    native.refuse_tracing("This member in a causal call")
     if isinstance(query_length, int) and query_length <= BLOCK:
         positions = ops.arange(query_length, dtype="int32")
         return _solve_at(positions, solve, queries, keys, dropout, is_pointwise)
@@ -68,7 +70,7 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
 
     end = ops.tile(positions, (batch,))
     if is_pointwise:
-        x = ops.take(queries.x, positions, axis=1)
+        x = native.take(queries.x, positions, axis=1)
         x = ops.reshape(x, (batch * count, 1) + tuple(ops.shape(x)[2:]))
         prefix_queries = dataclasses.replace(queries, x=x, mask=None, end=end)
     else:
@@ -79,7 +81,7 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
     visible = keys.visible
     if visible is not None:
         if visible.shape[2] != 1:
-            visible = ops.take(visible, positions, axis=2)
+            visible = native.take(visible, positions, axis=2)
         visible = ops.transpose(visible, (0, 2, 1, 3))
         heads_and_keys = tuple(ops.shape(visible)[2:])
         visible = ops.broadcast_to(visible, (batch, count) + heads_and_keys)

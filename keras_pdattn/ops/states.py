@@ -74,7 +74,8 @@ def multiply_adds(query_length, num_examples, num_features, value_depth, is_caus
 
 def num_chunks(query_length, num_features, stride=1):
     """The number of chunks of a causal call, each with a state."""
-    return -(-query_length // (chunk_size(num_features) * stride))
+    rows = chunk_size(num_features) * stride
+    return (query_length + rows - 1) // rows
 
 
 def primal_attention(query, examples):
@@ -195,6 +196,8 @@ def _scaled_states(key, value, log_scale):
     """
     largest = ops.stop_gradient(native.largest(log_scale, axis=3))
     key = key * append_axes(ops.exp(log_scale - ops.expand_dims(largest, axis=3)), 1)
+
+    native.refuse_tracing("A causal call with random features")
 
     def step(carry, chunk):
         (state, key_sum, reached), (its_state, its_key_sum, here) = carry, chunk

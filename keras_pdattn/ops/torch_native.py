@@ -13,7 +13,22 @@ def linear(x, kernel, bias, num_widths):
     x = x if num_widths == 1 else x.flatten(-num_widths)
     matrix = kernel.reshape(x.shape[-1], -1).t()
     x = functional.linear(x, matrix, None if bias is None else bias.reshape(-1))
-    return x.unflatten(-1, kernel.shape[num_widths:])
+    # Not `unflatten`, after which an exporter takes the length of its sample for that of all.
+    return x.reshape((*x.shape[:-1], *kernel.shape[num_widths:]))
+
+
+def take(x, index, axis):
+    return x.index_select(axis, index)
+
+
+def take_along_axis(x, index, axis):
+    shape = list(x.shape)
+    shape[axis] = -1
+    return x.gather(axis, index.long().expand(shape))
+
+
+def is_tracing():
+    return torch.jit.is_tracing()
 
 
 def softmax_attention(query, key, value, mask, scale, is_causal):

@@ -4,6 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
+import keras
 import numpy as np
 from keras import ops
 
@@ -116,7 +117,10 @@ class Window:
         position = ops.maximum(ops.minimum(position, self.key_length - 1), 0)
         if len(position.shape) == 2:
             x = ops.broadcast_to(x, (ops.shape(position)[0], self.key_length))
-        return ops.where(inside, take_along_time(x, position), ops.zeros((1, 1), dtype=x.dtype))
+        x = take_along_time(x, position)
+        # Not `where` on booleans, which a runtime of ONNX lacks.
+        is_mask = keras.backend.standardize_dtype(x.dtype) == "bool"
+        return ops.logical_and(inside, x) if is_mask else x * ops.cast(inside, x.dtype)
 
     def block(self):
         """The number of queries along an axis that share a band."""
