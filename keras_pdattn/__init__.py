@@ -2,6 +2,7 @@
 
 from keras_pdattn import (
     analysis,
+    distribution,
     duality,
     feature_maps,
     layers,
@@ -19,6 +20,7 @@ __all__ = [
     "Primal",
     "analysis",
     "convert",
+    "distribution",
     "duality",
     "feature_maps",
     "layers",

@@ -148,6 +148,10 @@ def register_block(block, *attributes):
 
     keras_pdattn.register_block(Block, "attention")
     ```
+
+    Reference:
+        Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
+        Networks", ICLR 2023 (arXiv:2406.13781).
     """
     if not (isinstance(block, type) and issubclass(block, keras.layers.Layer)) or not attributes:
         raise ValueError(

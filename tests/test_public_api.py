@@ -20,7 +20,8 @@ DOCUMENTED = [
             ["SupportVectorRegression", "dual_coefficients", "fit", "support_vectors"],
         ),
         (keras_pdattn.analysis, keras_pdattn.analysis.__all__),
-        (keras_pdattn, ["Primal"]),
+        (keras_pdattn, ["Primal", "convert", "register_block"]),
+        (keras_pdattn.distribution, ["layout_map"]),
         (
             keras_pdattn.feature_maps,
             ["FeatureMap", "Softmax", "Elu", "Relu", "Taylor", "PositiveRandom"],
@@ -39,11 +40,14 @@ def test_names():
     assert set(keras_pdattn.__all__) == {
         "Primal",
         "analysis",
+        "convert",
+        "distribution",
         "duality",
         "feature_maps",
         "layers",
         "ops",
         "primals",
+        "register_block",
         "training_sets",
         "transforms",
     }
@@ -58,6 +62,8 @@ def test_names():
         "ScaledHeadAttention",
         "SlidingWindowAttention",
         "SupportVectorAttention",
+        "TransformerDecoder",
+        "TransformerEncoder",
     }
 
 
