@@ -197,11 +197,17 @@ def _copy(model):
         with keras.saving.custom_object_scope({type(model).__name__: type(model)}):
             copy = keras.saving.deserialize_keras_object(description, safe_mode=False)
     for ours, theirs in zip(copy.variables, model.variables, strict=True):
-        ours.assign(theirs)
-    for ours, theirs in zip(_layers_of(copy), _layers_of(model), strict=True):
+        # JAX would share the array, and training the one donate it away from the other.
+        ours.assign(keras.ops.copy(theirs.value))
+    for ours, theirs in zip(_with_weights(copy), _with_weights(model), strict=True):
         if ours.trainable != theirs.trainable:
             ours.trainable = theirs.trainable
     return copy
+
+
+def _with_weights(model):
+    """The layers that have any: a task keeps track of a preprocessor that was taken from it."""
+    return [layer for layer in _layers_of(model) if layer.weights]
 
 
 def _is_task(model):

@@ -20,15 +20,10 @@ MASK = np.ones((3, LENGTH), "bool")
 MASK[1, [0, 1, 4]] = False
 MASK[2, 5:] = False
 
-SOME = list(dict.fromkeys(MEMBERS + [one for one in PAIRS if one.num_axes == 1]))
-
-
-def slow_unless(members):
-    """Every member; those not in `members` in the thorough run alone."""
-    return [
-        pytest.param(one, marks=[] if one in members else pytest.mark.slow, id=str(one))
-        for one in SEQUENCE_MEMBERS
-    ]
+#: Those of every run; compilers take seconds for each.
+SOME = MEMBERS
+if backends.BACKEND == "torch":
+    SOME = list(dict.fromkeys(MEMBERS + [one for one in PAIRS if one.num_axes == 1]))
 
 
 def layer_of(member, **arguments):
@@ -39,6 +34,19 @@ def layer_of(member, **arguments):
     weights += [w for one in member.weights(4, 6) for w in one.values()]
     layer.set_weights(weights)
     return layer
+
+
+def members_and_caches():
+    """Every member with the cache it makes, and with one by position where that is another."""
+    for member in SEQUENCE_MEMBERS:
+        kinds = (
+            ["least"]
+            if type(caches.least(layer_of(member), LENGTH)) is caches.KeyValueCache
+            else ["least", "by position"]
+        )
+        for kind in kinds:
+            marks = [] if member in SOME else pytest.mark.slow
+            yield pytest.param(member, kind, marks=marks, id=f"{member}-{kind}")
 
 
 def stepper(layer):
@@ -55,10 +63,11 @@ def stepper(layer):
 def prefilled(layer, cache, count, mask=None):
     if not count:
         return np.zeros((3, 0, 12)), cache
-    x = X[:, :count]
-    output, cache = layer(
-        x, x, value_mask=mask, use_causal_mask=True, cache=cache, cache_update_index=0
+    prefill_of = functools.partial(
+        layer, use_causal_mask=True, value_mask=mask, cache_update_index=0
     )
+    prefill = backends.jitted(lambda x, cache: prefill_of(x, x, cache=cache))
+    output, cache = prefill(X[:, :count], cache)
     return values(output), cache
 
 
@@ -81,26 +90,27 @@ def rounding(layer):
     """What outputs move by when inputs are rounded once: prefixes may have hardly any spread."""
     moved = X * (1 + np.finfo("float32").eps * np.random.default_rng(2).choice([-1, 1], X.shape))
     moved = moved.astype("float32")
-    full = [values(layer(x, x, value_mask=MASK, use_causal_mask=True)) for x in (X, moved)]
+    solve = backends.jitted(lambda x: layer(x, x, value_mask=MASK, use_causal_mask=True))
+    full = [values(solve(x)) for x in (X, moved)]
     return 4 * np.abs(full[1] - full[0])[MASK].max()
 
 
-@pytest.mark.parametrize("kind", ["least", "by position"])
-@pytest.mark.parametrize("member", slow_unless(SOME))
+@pytest.mark.parametrize(("member", "kind"), members_and_caches())
 def test_steps_give_what_the_whole_sequence_does(member, kind):
     layer = layer_of(member)
     step = stepper(layer)
     cache = layer.init_cache(3, LENGTH) if kind == "least" else cache_by_position(layer)
     atol = 2e-5 + rounding(layer)
     for mask in (None, MASK):
-        full = values(layer(X, X, value_mask=mask, use_causal_mask=True))
+        solve = functools.partial(layer, value_mask=mask, use_causal_mask=True)
+        full = values(backends.jitted(lambda x, solve=solve: solve(x, x))(X))
         valid = np.ones_like(MASK) if mask is None else mask
-        for count in (0, 1, 4, 7) if backends.BACKEND == "jax" else range(LENGTH + 1):
+        for count in range(LENGTH + 1) if backends.BACKEND == "torch" else (0, 4):
             output = decoded(layer, step, cache, count, mask)
             np.testing.assert_allclose(output[valid], full[valid], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("index", [3, "tensor"])
+@pytest.mark.parametrize("index", [3, "tensor"] if backends.BACKEND == "torch" else ["tensor"])
 @pytest.mark.parametrize("member", MEMBERS, ids=str)
 def test_several_tokens_may_come_at_once(member, index):
     layer = layer_of(member)
@@ -118,26 +128,27 @@ def test_several_tokens_may_come_at_once(member, index):
 def test_scores_and_attention_masks_are_those_of_all_positions(member):
     layer = layer_of(member)
     mask = np.random.default_rng(3).random((3, LENGTH, LENGTH)) < 0.7
-    options = {"use_causal_mask": True, "return_attention_scores": True}
-    full, full_scores = layer(X, X, attention_mask=mask, query_mask=MASK, **options)
-    cache = cache_by_position(layer)
-    for start, stop in ((0, 3), (3, 4), (4, 7)):
-        x = X[:, start:stop]
-        output, scores, cache = layer(
+
+    def solve(x, mask, query_mask, cache=None, index=None):
+        return layer(
             x,
             x,
-            attention_mask=mask[:, start:stop],
-            query_mask=MASK[:, start:stop],
+            attention_mask=mask,
+            query_mask=query_mask,
+            use_causal_mask=True,
+            return_attention_scores=True,
             cache=cache,
-            cache_update_index=start,
-            **options,
+            cache_update_index=index,
         )
-        atol = 2e-5 + rounding(layer)
-        for got, expected in (
-            (output, values(full)[:, start:stop]),
-            (scores, values(full_scores)[:, :, start:stop]),
-        ):
-            np.testing.assert_allclose(values(got), expected, rtol=0, atol=atol)
+
+    full, full_scores = (values(x) for x in backends.jitted(solve)(X, mask, MASK))
+    cache, atol = cache_by_position(layer), 2e-5 + rounding(layer)
+    for start, stop in ((0, 3), (3, 7)):
+        some = slice(start, stop)
+        step = backends.jitted(functools.partial(solve, index=start))
+        output, scores, cache = step(X[:, some], mask[:, some], MASK[:, some], cache)
+        np.testing.assert_allclose(values(output), full[:, some], rtol=0, atol=atol)
+        np.testing.assert_allclose(values(scores), full_scores[:, :, some], rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("member", MEMBERS, ids=str)

@@ -259,6 +259,7 @@ def test_all_weights_of_a_converted_model_train(name):
     target = RNG.normal(size=np.shape(values(converted(inputs))))
     converted.fit(inputs, target, verbose=0)
     assert all((values(w) != b).any() for w, b in zip(kernels, before))
+    outputs(model, inputs)  # Whose weights are still there.
 
 
 CAUSAL = {
@@ -352,3 +353,15 @@ def test_what_can_not_be_converted_is_refused():
         keras_pdattn.convert(model, "linear")
     with pytest.raises(ValueError, match="block.*Received"):
         keras_pdattn.register_block(Block)
+
+
+def test_a_task_may_have_lost_its_preprocessor():
+    model = keras_hub.models.BertTextClassifier(backbone("Bert")[0], num_classes=2)
+    model.preprocessor = keras_hub.models.BertTextClassifierPreprocessor(
+        keras_hub.models.BertTokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]), 7
+    )
+    model.preprocessor = None
+    inputs = {**TEXT, "segment_ids": IDS * 0}
+    model.fit(inputs, np.zeros(2), verbose=0)
+    converted = keras_pdattn.convert(model, "softmax")
+    np.testing.assert_allclose(values(converted(inputs)), values(model(inputs)), rtol=0, atol=1e-6)

@@ -111,7 +111,7 @@ def test_readme_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     readme = (ROOT.parent / "README.md").read_text()
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     exec("\n".join(blocks), {})
 
 
@@ -132,6 +132,22 @@ def test_duality_page_runs(tmp_path, monkeypatch, capsys):
     assert float(re.search(r"accuracy (\S+)", capsys.readouterr().out).group(1)) > 0.85
     shown = re.findall(r"\(images/(.*?)\)", page)
     assert sorted(shown) == sorted(path.name for path in tmp_path.glob("*.png"))
+
+
+def test_existing_models_page_runs(tmp_path, monkeypatch):
+    pytest.importorskip("keras_hub")
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT.parent / "docs" / "existing_models.md").read_text()
+    namespace = {}
+    exec("\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL)), namespace)
+    to_numpy = namespace["keras"].ops.convert_to_numpy
+    for one, other in (("converted", "loaded"), ("theirs", "ours")):
+        inputs = namespace["inputs" if one == "converted" else "x"]
+        results = [namespace[name](inputs) for name in (one, other)]
+        flat = [namespace["keras"].tree.flatten(result)[-1] for result in results]
+        difference = to_numpy(flat[0]) - to_numpy(flat[1])
+        assert abs(difference).max() < 1e-5
+    assert to_numpy(namespace["generated"]["token_ids"]).shape == (1, 8)
 
 
 def test_extending_page_runs():
