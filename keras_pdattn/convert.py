@@ -11,24 +11,27 @@ from keras_pdattn import descriptions, primals
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
 from keras_pdattn.layers.transformer_decoder import TransformerDecoder
 from keras_pdattn.layers.transformer_encoder import TransformerEncoder
+from keras_pdattn.training_sets import AllKeys, SlidingWindow
 
-#: Layers that become one of ours, by the package and name of their class, which need not be
-#: imported.
+_HUB = "keras_hub.src"
+_MODELING = f"{_HUB}.layers.modeling"
+
+#: What layers become, by the full name of their class, which need not be imported.
 _REPLACED = {
-    "keras.MultiHeadAttention": PrimalDualAttention,
-    "keras_hub.CachedMultiHeadAttention": PrimalDualAttention,
-    "keras_hub.TransformerEncoder": TransformerEncoder,
-    "keras_hub.TransformerDecoder": TransformerDecoder,
+    "keras.src.layers.attention.multi_head_attention.MultiHeadAttention": PrimalDualAttention,
+    f"{_MODELING}.cached_multi_head_attention.CachedMultiHeadAttention": PrimalDualAttention,
+    f"{_MODELING}.transformer_encoder.TransformerEncoder": TransformerEncoder,
+    f"{_MODELING}.transformer_decoder.TransformerDecoder": TransformerDecoder,
 }
 
 #: Blocks whose attention layers may be replaced: the names of the attributes that hold these.
 _BLOCKS = {
-    "keras_hub.CLIPEncoderLayer": ("attention",),
-    "keras_hub.DINOV2Attention": ("attention",),
-    "keras_hub.DeiTEncoderBlock": ("mha",),
-    "keras_hub.MetaCLIP2EncoderLayer": ("attention",),
-    "keras_hub.SigLIPEncoderLayer": ("self_attn",),
-    "keras_hub.ViTEncoderBlock": ("mha",),
+    f"{_HUB}.models.clip.clip_layers.CLIPEncoderLayer": ("attention",),
+    f"{_HUB}.models.deit.deit_layers.DeiTEncoderBlock": ("mha",),
+    f"{_HUB}.models.dinov2.dinov2_layers.DINOV2Attention": ("attention",),
+    f"{_HUB}.models.metaclip_2.metaclip_2_layers.MetaCLIP2EncoderLayer": ("attention",),
+    f"{_HUB}.models.siglip.siglip_layers.SigLIPEncoderLayer": ("self_attn",),
+    f"{_HUB}.models.vit.vit_layers.ViTEncoderBlock": ("mha",),
 }
 
 
@@ -47,9 +50,12 @@ def convert(model, primal):
 
     A warning names the layers that stay as they are, and says why.
 
-    Masking, causality and cost: those of the layers and the primal problem. A block of another
-    package may hand padding or causality to its attention as an `attention_mask`, which no
-    statistics and windows can be taken from; only registered blocks are converted.
+    Masking, causality and cost: those of the layers and the primal problem. Whoever hands padding
+    or causality to attention as an `attention_mask` leaves nothing to take statistics, means or
+    positions of padding from: layers that are called so in a graph stay, where the primal problem
+    needs these, and so does attention inside of blocks that are not registered.
+    `CachedMultiHeadAttention` ignores the masks that Keras attaches to tensors; its successor
+    does not.
 
     Args:
         model: a `keras.Model`, built: Functional, Sequential, a backbone or a task of KerasHub.
@@ -88,8 +94,13 @@ def convert(model, primal):
         its_primal = primal_of(path, index)
         if its_primal is None:
             left.append((path, layer, "`primal` gave None for it"))
+            continue
+        its_primal = primals.get(its_primal)
+        if _is_called_with_a_mask(layer) and not _takes_any_mask(its_primal):
+            reason = "it is called with an `attention_mask`, which no statistics can be taken from"
+            left.append((path, layer, f"{reason}; `value_mask` and `use_causal_mask` can"))
         else:
-            chosen[path] = layer, primals.get(its_primal)
+            chosen[path] = layer, its_primal
     if not chosen:
         raise ValueError(
             "There is no attention layer in the model that can be converted. "
@@ -171,6 +182,11 @@ def _check(model):
             "A model is converted once; convert the one it came from. "
             f"Received: a model that is, {model.name}"
         )
+    if any(getattr(one, "quantization_mode", None) for one in _layers_of(model)):
+        raise ValueError(
+            "A model is converted first, and quantised then. "
+            f"Received: a model that is, {model.name}"
+        )
     adapted = [one.path for one in _layers_of(model) if getattr(one, "lora_enabled", False)]
     if adapted:
         raise ValueError(
@@ -212,7 +228,8 @@ def _with_weights(model):
 
 def _is_task(model):
     """Whether a model is made from a backbone, as KerasHub's tasks are."""
-    return isinstance(getattr(model, "backbone", None), keras.Model)
+    has_parts = hasattr(model, "preprocessor")
+    return has_parts and isinstance(getattr(model, "backbone", None), keras.Model)
 
 
 def _search(model):
@@ -252,12 +269,33 @@ def _key_of(layer):
 
 
 def _key(cls):
-    """The package and name of a class, its subclasses excluded."""
-    return f"{cls.__module__.split('.')[0]}.{cls.__name__}"
+    """The full name of a class, its subclasses excluded."""
+    return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _is_called_with_a_mask(layer):
+    """Whether the graph that a layer is part of hands it an `attention_mask`."""
+    if not isinstance(layer, keras.layers.MultiHeadAttention):
+        return False
+    arguments = [node.arguments for node in layer._inbound_nodes]
+    bound = [layer._call_signature.bind(*one.args, **one.kwargs).arguments for one in arguments]
+    return any(one.get("attention_mask") is not None for one in bound)
+
+
+def _takes_any_mask(primal):
+    """Whether all that a mask can do to a primal problem is to restrict its sums."""
+    return not primal.transform and type(primal.training_set) in (AllKeys, SlidingWindow)
 
 
 def _reason_to_leave(container, attention):
     """Why `container` has to keep an attention layer; `None` if it can be replaced."""
+    if getattr(attention, "_use_gate", False) or getattr(attention, "_sliding_window", None):
+        if type(attention) is not keras.layers.MultiHeadAttention:
+            return f"{type(attention).__name__} ignores its gate and window"
+    if type(attention) is not keras.layers.MultiHeadAttention and any(
+        len(node.arguments.args) > 3 for node in attention._inbound_nodes
+    ):
+        return "it is called with masks or caches by position, which ours have elsewhere"
     attributes = _BLOCKS.get(_key_of(container), ())
     tells_masks_apart = _REPLACED[_key_of(attention)] is not PrimalDualAttention
     is_named = any(getattr(container, one) is attention for one in attributes)
@@ -302,21 +340,42 @@ def _track_new_weights(model):
 
 def _undescribed(layer, primal_by_layer):
     """The models and blocks, outermost ones, whose config does not tell of replaced layers."""
-    is_replaced = id(layer) in primal_by_layer
-    if is_replaced or not any(id(one) in primal_by_layer for one in _layers_of(layer)):
+    replaced = [one for one in _layers_of(layer) if id(one) in primal_by_layer]
+    if id(layer) in primal_by_layer or not replaced:
         return []
     if _is_task(layer):
-        return _undescribed(layer.backbone, primal_by_layer)
-    if type(layer).get_config in (Functional.get_config, keras.Sequential.get_config):
+        within = {id(one) for one in _layers_of(layer.backbone)}
+        others = [] if all(id(one) in within for one in replaced) else [layer]
+        return others + _undescribed(layer.backbone, primal_by_layer)
+    if type(layer) in (Functional, keras.Sequential):
         return [one for child in layer.layers for one in _undescribed(child, primal_by_layer)]
     return [layer]
 
 
+def _places(layer):
+    """All layers in `layer` that could be replaced or are, whatever blocks are registered."""
+    found, seen = [], set()
+
+    def visit(one):
+        if id(one) in seen:
+            return
+        seen.add(id(one))
+        if _key_of(one) in _REPLACED or isinstance(one, tuple(_REPLACED.values())):
+            found.append(one)
+        else:
+            for child in _children(one):
+                visit(child)
+
+    visit(layer)
+    return found
+
+
 def _by_place(layer, primal_by_layer):
-    """Primal problems by the place of their layers among those in `layer` that can be replaced."""
-    found = enumerate(one for _, one in _search(layer)[0])
+    """Primal problems by the places of their layers in `layer`."""
     return {
-        str(place): primal_by_layer[id(one)] for place, one in found if id(one) in primal_by_layer
+        str(place): primal_by_layer[id(one)]
+        for place, one in enumerate(_places(layer))
+        if id(one) in primal_by_layer
     }
 
 
@@ -344,6 +403,11 @@ class Converted:
     have which primal problem.
     """
 
+    def __reduce__(self):
+        # Pickled by a class that can be imported.
+        _, arguments = super().__reduce__()
+        return keras.Model._unpickle_model, arguments
+
     def get_config(self):
         cls = type(self).__mro__[2]
         return {
@@ -362,10 +426,12 @@ class Converted:
     @classmethod
     def from_config(cls, config):
         layer = keras.saving.deserialize_keras_object(config["original"])
-        found = _search(layer)[0]
         by_place = {place: primals.get(primal) for place, primal in config["primals"].items()}
+        places = _places(layer)
         for place, primal in by_place.items():
-            _replace(found[int(place)][1], primal)
+            # A container may have brought back its layers as they were saved.
+            if not isinstance(places[int(place)], tuple(_REPLACED.values())):
+                _replace(places[int(place)], primal)
         _describe(layer, by_place)
         _track_new_weights(layer)
         return layer

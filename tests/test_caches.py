@@ -1,5 +1,6 @@
 """Law 8: tokens that come one after the other give what they give together."""
 
+import dataclasses
 import functools
 
 import backends
@@ -220,6 +221,44 @@ def test_values_may_have_another_depth():
     np.testing.assert_allclose(output, full, rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_a_mask_may_be_of_the_new_tokens_alone(member):
+    """Where those before them were not padding."""
+    layer, mask = layer_of(member), MASK.copy()
+    mask[:, :3] = True
+    mask[1, 4] = False
+    solve = backends.jitted(lambda x: layer(x, x, value_mask=mask, use_causal_mask=True))
+    full, valid, atol = values(solve(X)), mask[:, 3:], 2e-5 + rounding(layer)
+    for cache in (layer.init_cache(3, LENGTH), cache_by_position(layer)):
+        _, cache = prefilled(layer, cache, 3)
+        position = keras_ops.convert_to_tensor(3, dtype="int32")
+        output, _ = stepper(layer)(X[:, 3:], cache, position, valid)
+        np.testing.assert_allclose(values(output)[valid], full[:, 3:][valid], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "primal",
+    [
+        Primal(training_set=training_sets.SlidingWindow(4)),
+        "batch_norm",
+        "conv1d",
+        "linear",
+        Primal(RANDOM),
+    ],
+    ids=["ring", "by position", "queries", "state", "scaled state"],
+)
+def test_what_another_sequence_left_in_a_cache_is_not_seen(primal):
+    layer = layers.PrimalDualAttention(4, 6, primal=primal)
+    layer.build(X.shape, X.shape)
+    step, cache = stepper(layer), layer.init_cache(3, LENGTH)
+    expected = decoded(layer, step, cache, 0)
+    for index in range(LENGTH):
+        position = keras_ops.convert_to_tensor(index, dtype="int32")
+        _, cache = step(X[:, index : index + 1] + 1, cache, position)
+    output = decoded(layer, step, cache, 0)
+    np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5)
+
+
 def test_a_ring_goes_round_many_times():
     layer = layers.SlidingWindowAttention(4, 6, size=2)
     layer.build(X.shape, X.shape)
@@ -280,5 +319,69 @@ def test_wrong_calls_are_refused():
         layer(X, X, cache=state, cache_update_index=0, **causal)
     with pytest.raises(ValueError, match="built"):
         layers.LinearAttention(4, 6).init_cache(3, LENGTH)
+    assert "room for 3 tokens" in error_of(
+        linear, cache=state, cache_update_index=2, value_mask=MASK[:, :3], **causal
+    )
+    other = layer.init_cache(1, LENGTH)
+    assert "must have the shapes" in error_of(layer, cache=other, cache_update_index=0, **causal)
     with pytest.raises(ValueError, match="query for each new key"):
         layer(X[:, :1], X, cache=cache, cache_update_index=0, **causal)
+
+
+@keras.saving.register_keras_serializable(package="test_caches")
+class Even(training_sets.AllKeys):
+    """Keys at even positions: all that the class it comes from knows of is not all there is."""
+
+    def select(self, keys, queries):
+        even = keras_ops.arange(keras_ops.shape(keys.key)[1]) % 2 == 0
+        mask = keras_ops.broadcast_to(even, keras_ops.shape(keys.key)[:2])
+        if keys.mask is not None:
+            mask = keras_ops.logical_and(mask, keys.mask)
+        return dataclasses.replace(keys, mask=mask)
+
+
+def test_a_training_set_of_ones_own_is_kept_by_position():
+    layer = layers.PrimalDualAttention(4, 6, primal=Primal("elu", training_set=Even()))
+    layer.build(X.shape, X.shape)
+    full = values(layer(X, X, use_causal_mask=True))
+    output = decoded(layer, stepper(layer), layer.init_cache(3, LENGTH), 3)
+    np.testing.assert_allclose(output, full, rtol=0, atol=1e-5)
+
+
+def test_a_state_drops_outputs_and_hides_padded_queries():
+    layer = layers.LinearAttention(4, 6, dropout=0.5)
+    layer.build(X.shape, X.shape)
+    options = {"cache": layer.init_cache(3, LENGTH), "cache_update_index": 0}
+    options["use_causal_mask"] = True
+    one, other = (values(layer(X, X, training=True, **options)[0]) for _ in range(2))
+    assert np.abs(one - other).max() > 1e-2
+    output, _ = layer(X, X, query_mask=MASK, **options)
+    expected = layer(X, X, query_mask=MASK, use_causal_mask=True)
+    np.testing.assert_allclose(values(output), values(expected), rtol=0, atol=1e-5)
+
+
+def test_float64_and_indices_of_all_kinds():
+    with backends.float64():
+        x = keras_ops.convert_to_tensor(X.astype("float64"))
+        for primal in ("linear", Primal(RANDOM), "conv1d"):
+            layer = layers.PrimalDualAttention(4, 6, primal=primal, dtype="float64")
+            layer.build(X.shape, X.shape)
+            full = values(layer(x, x, use_causal_mask=True))
+            cache, outputs = layer.init_cache(3, LENGTH), []
+            for index in range(LENGTH):
+                kind = (int, np.int64, np.uint8)[index % 3]
+                token = x[:, index : index + 1]
+                output, cache = layer(
+                    token, token, use_causal_mask=True, cache=cache, cache_update_index=kind(index)
+                )
+                outputs.append(values(output))
+            np.testing.assert_allclose(np.concatenate(outputs, 1), full, rtol=0, atol=1e-12)
+
+
+def test_a_cache_by_position_among_arguments_keeps_its_dtype():
+    block = layers.TransformerDecoder(16, 4, primal="linear", dtype="mixed_bfloat16")
+    block.build(X.shape)
+    cache = block.init_cache(3, LENGTH)
+    nothing = 5 * [None]
+    _, after = block(X, *nothing, cache, self_attention_cache_update_index=0)
+    assert {keras.backend.standardize_dtype(x.dtype) for x in after.values()} == {"float32"}

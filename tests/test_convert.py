@@ -365,3 +365,130 @@ def test_a_task_may_have_lost_its_preprocessor():
     model.fit(inputs, np.zeros(2), verbose=0)
     converted = keras_pdattn.convert(model, "softmax")
     np.testing.assert_allclose(values(converted(inputs)), values(model(inputs)), rtol=0, atol=1e-6)
+
+
+def masked(call):
+    inputs, mask = keras.Input((None, 16)), keras.Input((None, None), dtype="bool")
+    return keras.Model([inputs, mask], call(inputs, mask))
+
+
+def test_a_mask_in_the_graph_may_be_padding_that_statistics_need():
+    attention = keras.layers.MultiHeadAttention(2, 8)
+    model = masked(lambda x, mask: attention(x, x, attention_mask=mask))
+    assert type(keras_pdattn.convert(model, "linear").layers[-1]) is layers.PrimalDualAttention
+    for primal in ("batch_norm", "conv1d", Primal(training_set=training_sets.ScaledHeads((1, 2)))):
+        with pytest.raises(ValueError, match="called with an `attention_mask`"):
+            keras_pdattn.convert(model, primal)
+
+
+def test_layers_of_keras_hub_that_ignore_an_argument_stay():
+    inputs = keras.Input((None, 16))
+    cls = keras_hub.layers.CachedMultiHeadAttention
+    for arguments, call in (
+        ({"use_gate": True}, lambda layer: layer(inputs, inputs)),
+        ({"sliding_window": 2}, lambda layer: layer(inputs, inputs)),
+        ({}, lambda layer: layer(inputs, inputs, None, keras.Input((None, None), dtype="bool"))),
+    ):
+        with pytest.raises(ValueError, match="ignores its gate and window|by position"):
+            keras_pdattn.convert(keras.Model(inputs, call(cls(2, 8, **arguments))), "linear") if (
+                arguments
+            ) else keras_pdattn.convert(
+                masked(lambda x, mask: cls(2, 8)(x, x, None, mask)), "linear"
+            )
+
+
+def test_another_class_of_the_same_name_is_not_registered():
+    keras_pdattn.register_block(Block, "attention")
+    namesake = keras.saving.register_keras_serializable(package="other")(
+        type("Block", (keras.layers.Layer,), dict(vars(Block), __qualname__="Other.Block"))
+    )
+    with pytest.raises(ValueError, match="has not been told of Block"):
+        keras_pdattn.convert(with_block(namesake), "batch_norm")
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+class Wide(keras.Model):
+    """A graph made from arguments, which its config holds."""
+
+    def __init__(self, width, **kwargs):
+        inputs = keras.Input((None, width))
+        attention = keras.layers.MultiHeadAttention(2, 8)
+        super().__init__(inputs, attention(inputs, inputs), **kwargs)
+        self.width = width
+
+    def get_config(self):
+        return {"width": self.width, "name": self.name}
+
+
+@keras.saving.register_keras_serializable(package="test_convert")
+class Given(keras.layers.Layer):
+    """A block whose config holds the attention it was given."""
+
+    def __init__(self, attention, **kwargs):
+        super().__init__(**kwargs)
+        self.attention = attention
+
+    def call(self, x):
+        return self.attention(x, x)
+
+    def get_config(self):
+        attention = keras.saving.serialize_keras_object(self.attention)
+        return {**super().get_config(), "attention": attention}
+
+    @classmethod
+    def from_config(cls, config):
+        attention = keras.saving.deserialize_keras_object(config.pop("attention"))
+        return cls(attention, **config)
+
+
+def time_distributed():
+    inputs = keras.Input((3, 7, 16))
+    return keras.Model(inputs, keras.layers.TimeDistributed(functional())(inputs))
+
+
+def given():
+    keras_pdattn.register_block(Given, "attention")
+    inputs = keras.Input((None, 16))
+    return keras.Model(inputs, Given(keras.layers.MultiHeadAttention(2, 8))(inputs))
+
+
+@pytest.mark.parametrize("make", [lambda: Wide(16), time_distributed, given])
+def test_whatever_a_config_holds_files_load(make, tmp_path):
+    model = randomized(make())
+    x = np.stack(3 * [SEQUENCE], axis=1) if make is time_distributed else SEQUENCE
+    converted = keras_pdattn.convert(model, "batch_norm")
+    expected = values(converted(x))
+    assert np.abs(expected - values(model(x))).max() > 1e-3
+    converted.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(values(loaded(x)), expected, rtol=0, atol=1e-6)
+
+
+def test_a_converted_model_is_pickled():
+    model, inputs = backbone("Bert")
+    converted = keras_pdattn.convert(model, "batch_norm")
+    again = pickle.loads(pickle.dumps(converted))
+    assert isinstance(again, type(model))
+    assert_equal(outputs(again, inputs), outputs(converted, inputs), atol=0)
+
+
+def test_what_is_frozen_gets_no_weights_that_train():
+    model = functional()
+    model.get_layer("outer").trainable = False
+    converted = keras_pdattn.convert(model, "conv1d")
+    paths = [w.path for w in converted.trainable_weights]
+    assert not any(path.startswith("outer/") for path in paths)
+    assert any(path.startswith("encoder/") and "primal" in path for path in paths)
+
+
+def test_a_backbone_alone_makes_no_task():
+    model = functional()
+    model.backbone = model.get_layer(index=2)
+    assert keras_pdattn.convert(functional(), "linear").count_params() == model.count_params()
+
+
+def test_a_quantized_model_is_refused():
+    model, _ = backbone("Bert")
+    model.quantize("int8")
+    with pytest.raises(ValueError, match="quantised then.*Received"):
+        keras_pdattn.convert(model, "linear")

@@ -218,9 +218,7 @@ def test_a_decoder_decodes_what_it_gives_at_once(primal):
     block = layers.TransformerDecoder(**ARGUMENTS, primal=primal)
     full = block(X, ENCODED, encoder_padding_mask=ENCODED_MASK)
     cache = block.init_cache(2, 6)
-    cross_cache = block._cross_attention_layer.init_cache(2, 5)
-    if isinstance(cross_cache, dict):  # Of states: an encoder's tokens are not causal.
-        cross_cache = keras_ops.zeros((2, 2, 5, 4, 3))
+    cross_cache = block.init_cross_attention_cache(2, 5)
     outputs = []
     for start, stop in ((0, 3), (3, 4), (4, 5), (5, 6)):
         output, cache, cross_cache = block(
@@ -242,6 +240,9 @@ def test_cross_attention_looks_at_no_neighbours():
     assert between_sequences(primal) == layers.PrimalDualAttention(4, 3).primal
     kept = layers.BatchNormScaledHeadAttention(4, 3).primal
     assert between_sequences(kept) == kept
+    for primal in ("conv1d", "sliding_window"):
+        with pytest.raises(ValueError, match="cross_attention_primal.*Received"):
+            layers.TransformerDecoder(**ARGUMENTS, cross_attention_primal=primal)
     block = layers.TransformerDecoder(
         **ARGUMENTS, primal="conv1d", cross_attention_primal="batch_norm"
     )
@@ -314,3 +315,14 @@ def test_wrong_arguments_and_calls_are_refused():
     encoder = layers.TransformerEncoder(**ARGUMENTS)
     with pytest.raises(ValueError, match="attention_mask.*Received"):
         encoder(X, attention_mask=MASK)
+
+
+@every_primal
+def test_unknown_lengths_and_padding(primal):
+    inputs, mask = keras.Input((None, 12)), keras.Input((None,), dtype="bool")
+    x = layers.TransformerEncoder(**ARGUMENTS, primal=primal)(inputs, padding_mask=mask)
+    x = layers.TransformerDecoder(**ARGUMENTS, primal=primal)(x, decoder_padding_mask=mask)
+    model = keras.Model([inputs, mask], x)
+    alone = model.predict([X[:1, :4], MASK[:1, :4]], verbose=0)
+    padded = model.predict([np.where(MASK[..., None], X, 1e3), MASK], verbose=0)
+    np.testing.assert_allclose(padded[:1, :4], alone, rtol=0, atol=1e-5)

@@ -14,12 +14,13 @@ import functools
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_pdattn.feature_maps import FeatureMap
 from keras_pdattn.layers.masking import attach_mask, get_keras_mask
 from keras_pdattn.ops import masks, native, recurrence
-from keras_pdattn.ops.dtypes import NOTHING, cast
+from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast
 from keras_pdattn.ops.indexing import append_axes, fit_axis, take_along_time, zero_where_masked
 from keras_pdattn.training_sets import AllKeys, SlidingWindow
 
@@ -37,6 +38,7 @@ class Tokens:
         key_masks: tuple of booleans of these keys, `(B, n)`, or of all positions, `(B, S)`.
         attention_mask: boolean `(T, S)` or `(B, T, S)` or `(B, H, T, S)`; or `None`.
         is_causal: whether queries see no later key.
+        training: whether dropout is active.
     """
 
     query: Any
@@ -47,6 +49,7 @@ class Tokens:
     key_masks: tuple
     attention_mask: Any
     is_causal: bool
+    training: Any
 
     @property
     def are_first(self):
@@ -61,9 +64,6 @@ class Tokens:
 
 class Cache:
     """One of the three; it describes tensors, and holds none."""
-
-    #: The dtype of its tensors; `None` for what the layer computes in.
-    dtype = None
 
     def shapes(self, layer, length):
         """The shape of its tensor, or a dict of them, without the batch axis."""
@@ -91,7 +91,8 @@ class Cache:
             shape = batch_size, *shape
             if name == "valid":
                 return ops.zeros(shape, dtype="bool")
-            return ops.full(shape, NOTHING if name == "log_scale" else 0, self.dtype or dtype)
+            its_dtype = accumulator(layer.compute_dtype) if isinstance(self, StateCache) else dtype
+            return ops.full(shape, NOTHING if name == "log_scale" else 0, its_dtype)
 
         shapes = self.shapes(layer, length)
         if isinstance(shapes, dict):
@@ -102,23 +103,24 @@ class Cache:
         """`cache`, for the first tokens of all, with what it may lack."""
         return cache
 
-    def check(self, layer, cache):
-        """Raises a `ValueError` unless `cache` is one of `layer`."""
+    def check(self, layer, cache, batch_size):
+        """Raises a `ValueError` unless `cache` is one of `layer`, for so many sequences."""
         expected, received = self.shapes(layer, None), _shapes(cache)
-        if isinstance(expected, dict) and isinstance(received, dict):
-            fits = expected.keys() == received.keys() and all(
-                masks.fits(received[name][1:], shape, exactly=True)
-                for name, shape in expected.items()
-            )
+        if isinstance(expected, dict):
+            expected = {name: (batch_size, *shape) for name, shape in expected.items()}
         else:
-            fits = type(expected) is type(received) and masks.fits(
-                received[1:], expected, exactly=True
+            expected = batch_size, *expected
+        fits = type(expected) is type(received)
+        if fits and isinstance(expected, dict):
+            fits = expected.keys() == received.keys() and all(
+                masks.fits(received[name], shape, exactly=True) for name, shape in expected.items()
             )
+        elif fits:
+            fits = masks.fits(received, expected, exactly=True)
         if not fits:
             raise ValueError(
-                f"`cache` must have the shapes {expected} behind the batch axis, `None` being the "
-                "length, and be what `init_cache` made or a call returned. "
-                f"Received: cache of shape {received}"
+                f"`cache` must have the shapes {expected}, `None` being any size, and be what "
+                f"`init_cache` made or a call returned. Received: cache of shape {received}"
             )
 
 
@@ -165,7 +167,7 @@ class KeyValueCache(Cache):
         if tokens.index is None:
             key, value = (cast(parts[name], dtype) for name in ("key", "value"))
             return *solve(dataclasses.replace(tokens, key=key, value=value)), cache
-        _check_index(tokens, length)
+        _check_room(tokens, length, "cache")
         if self.look_back != 0:  # Padding is not mixed in.
             query = zero_where_masked(tokens.query, tokens.query_mask)
             tokens = dataclasses.replace(tokens, query=query)
@@ -218,12 +220,13 @@ class KeyValueCache(Cache):
         return output, scores
 
 
-def _check_index(tokens, length):
+def _check_room(tokens, length, name):
+    """Raises a `ValueError` if it is known that new tokens are beyond `length`."""
     count = tokens.key.shape[1]
     are_known = all(isinstance(size, int) for size in (tokens.index, count, length))
-    if are_known and tokens.index + count > length:
+    if are_known and count != length and tokens.index + count > length:
         raise ValueError(
-            f"The cache has room for {length} tokens. "
+            f"The {name} has room for {length} tokens. "
             f"Received: cache_update_index={tokens.index} with {count} new tokens"
         )
 
@@ -310,14 +313,18 @@ class WindowCache(Cache):
 class StateCache(Cache):
     """The state of a finite feature map."""
 
-    dtype = "float32"
-
     def shapes(self, layer, length):
         sizes = layer.num_heads, layer.key_dim, layer.value_dim
         return recurrence.state_shapes(*_feature_map(layer), *sizes)
 
     def attend(self, layer, cache, tokens, solve):
         tokens = _alone(tokens)
+        # What another sequence left there is not of this one.
+        goes_on = ops.cast(tokens.index, "int32") > 0
+        cache = {
+            name: ops.where(goes_on, x, NOTHING if name == "log_scale" else 0.0)
+            for name, x in cache.items()
+        }
         output, after = recurrence.recurrent_attention(
             tokens.query,
             tokens.key,
@@ -326,6 +333,7 @@ class StateCache(Cache):
             *_feature_map(layer),
             tokens.key_mask,
         )
+        output = layer._dropout_layer(output, training=tokens.training)
         return zero_where_masked(output, tokens.query_mask), None, after
 
 
@@ -348,6 +356,8 @@ def _alone(tokens):
             f"attention_mask={tokens.attention_mask}"
         )
     shape = ops.shape(tokens.key)[:2]
+    for mask in tokens.key_masks:
+        _check_room(tokens, mask.shape[1], "mask of keys")
     key_masks = tuple(
         mask
         if masks.fits(mask.shape, tokens.key.shape[:2], exactly=True)
@@ -369,9 +379,13 @@ class KeepsCaches:
         self._convert_input_args = False
 
     def __call__(self, *args, **kwargs):
-        caches = {name: kwargs.pop(name) for name in [*kwargs] if name.endswith("cache")}
-        args, kwargs = keras.tree.map_structure(self._convert, (args, kwargs))
-        return super().__call__(*args, **kwargs, **caches)
+        names = self.call_signature_parameters
+        args = [self._converted(name, x) for name, x in zip(names, args)] + [*args[len(names) :]]
+        kwargs = {name: self._converted(name, x) for name, x in kwargs.items()}
+        return super().__call__(*args, **kwargs)
+
+    def _converted(self, name, x):
+        return x if name.endswith("cache") else keras.tree.map_structure(self._convert, x)
 
     def _convert(self, x):
         converted = self.dtype_policy.convert_input(x, self.autocast, self.input_dtype)
@@ -382,7 +396,7 @@ class KeepsCaches:
 
 def least(layer, length):
     """The cache that takes the least memory and time."""
-    if _keeps_state(layer):
+    if _keeps_state(layer) and not layer._is_overridden():
         return StateCache()
     size = _window_size(layer)
     return by_position(layer) if size is None or size >= length else WindowCache(size)
@@ -407,7 +421,7 @@ def by_position(layer):
 def _keeps_state(layer):
     """Whether a sum over the keys so far is all that a query needs of them."""
     primal = layer.primal
-    is_of_all_keys = isinstance(primal.training_set, AllKeys) and layer._sliding_window is None
+    is_of_all_keys = type(primal.training_set) is AllKeys and layer._sliding_window is None
     has_states = primal.feature_map.is_finite
     has_states = has_states and type(primal.feature_map).attend is FeatureMap.attend
     return is_of_all_keys and has_states and not primal.transform
@@ -416,24 +430,26 @@ def _keeps_state(layer):
 def _window_size(layer):
     """How many keys, the last ones, a query may see; `None` if any."""
     training_set, sizes = layer.primal.training_set, [layer._sliding_window]
-    is_window = isinstance(training_set, SlidingWindow) and not training_set.global_tokens
-    if layer.primal.transform or not (is_window or isinstance(training_set, AllKeys)):
+    is_window = type(training_set) is SlidingWindow and not training_set.global_tokens
+    if layer.primal.transform or not (is_window or type(training_set) is AllKeys):
         return None
     if is_window:
         sizes.append(training_set.size * training_set.dilation)
     return min((size for size in sizes if size is not None), default=None)
 
 
-def checked(layer, cache, index, return_scores):
-    """The kind that `cache` is of, and the cache, once a call of `layer` can have these arguments.
+def checked(layer, cache, index, batch_size, return_scores):
+    """The kind that `cache` is of, the cache and the index, once a call can have these arguments.
 
     Raises:
         ValueError: if it can't.
     """
+    if isinstance(index, np.integer):
+        index = int(index)
     kind = of_structure(layer, cache)
     if isinstance(index, int) and index == 0:
         cache = kind.complete(cache)
-    kind.check(layer, cache)
+    kind.check(layer, cache, batch_size)
     is_integer = isinstance(index, int) and not isinstance(index, bool) and index >= 0
     if not (index is None or is_integer or _is_integer_scalar(index)):
         raise ValueError(
@@ -445,7 +461,8 @@ def checked(layer, cache, index, return_scores):
             "A cache that does not keep all tokens can't tell their attention scores. "
             f"Received: return_attention_scores=True with cache of shape {_shapes(cache)}"
         )
-    return kind, cache
+    is_tensor = not (index is None or is_integer or keras.backend.is_keras_tensor(index))
+    return kind, cache, ops.cast(index, "int32") if is_tensor else index
 
 
 def _is_integer_scalar(x):

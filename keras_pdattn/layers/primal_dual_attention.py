@@ -226,6 +226,7 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
         with self._open_name_scope():
             self._build_primal({**shapes, "key": tuple(key_shape)})
         self._tracker.lock()
+        self._primal_weights.trainable = self.trainable
 
     def redraw(self, seed):
         """Draws the random features of a layer anew, e.g. every few training steps.
@@ -387,7 +388,7 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
         index,
     ):
         """`call` with a cache; `key_masks` holds those of `value` and `key`, by name."""
-        kind, cache = self._checked_cache(
+        kind, cache, index = self._checked_cache(
             query, value, cache, index, use_causal_mask, return_attention_scores
         )
         if query_mask is not None:
@@ -409,6 +410,7 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
                 ),
                 attention_mask=attention_mask,
                 is_causal=use_causal_mask,
+                training=training,
             )
 
         def solve(tokens):
@@ -442,7 +444,7 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
                 "A causal call with a cache brings a query for each new key. "
                 f"Received: query.shape={query.shape}, value.shape={value.shape}"
             )
-        return caches.checked(self, cache, index, return_attention_scores)
+        return caches.checked(self, cache, index, query.shape[0], return_attention_scores)
 
     def _project(self, dense, x):
         return projections.project(dense, x, self.compute_dtype)
@@ -570,7 +572,7 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
         key = value if key is None else key
         self._check_call(query, value, key, return_attention_scores, use_causal_mask)
         if cache is not None or cache_update_index is not None:
-            _, cache = self._checked_cache(
+            _, cache, _ = self._checked_cache(
                 query, value, cache, cache_update_index, use_causal_mask, return_attention_scores
             )
         for name, mask in (

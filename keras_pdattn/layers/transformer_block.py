@@ -124,7 +124,7 @@ class TransformerBlock(keras.layers.Layer):
             "feedforward_output_dense", shape[-1], (*shape[:-1], self.intermediate_dim)
         )
 
-    def _masks(self, primal, mask, length=None, start=0):
+    def _masks(self, primal, mask, queries=None, start=None):
         """The masks an attention layer of `primal` gets, of queries and of values.
 
         Padded queries are left to have outputs, as KerasHub's blocks leave them, but where
@@ -133,15 +133,14 @@ class TransformerBlock(keras.layers.Layer):
         Args:
             primal: a `Primal`.
             mask: the padding mask of values, or `None`.
-            length: the number of queries, where they begin at `start` of what is masked;
-                `None` if they are these values.
-            start: see `length`.
+            queries: `(batch, queries, width)`, some of the values, or `None` for all.
+            start: where among what is masked they begin; `None` if the mask is theirs.
         """
         masks = {"value_mask": mask}
         if mask is not None and not all(one.is_pointwise for one in primal.transform):
             of_queries = mask
-            if length is not None and mask.shape[1] != length:
-                of_queries = ops.slice(mask, (0, start), (ops.shape(mask)[0], length))
+            if start is not None and mask.shape[1] != queries.shape[1]:
+                of_queries = ops.slice(mask, (0, start), ops.shape(queries)[:2])
             masks["query_mask"] = of_queries
         return masks
 

@@ -3,7 +3,6 @@
 import dataclasses
 
 import keras
-from keras import ops
 
 from keras_pdattn import descriptions, primals
 from keras_pdattn.layers import caches
@@ -130,6 +129,12 @@ class TransformerDecoder(caches.KeepsCaches, TransformerBlock):
             if cross_attention_primal is None
             else primals.get(cross_attention_primal)
         )
+        if between_sequences(self.cross_attention_primal) != self.cross_attention_primal:
+            raise ValueError(
+                "`cross_attention_primal` can have no window around a position, and no transform "
+                "that mixes neighbouring queries, of which later ones are not known yet. "
+                f"Received: cross_attention_primal={self.cross_attention_primal}"
+            )
         self._decoder_sequence_shape = self._encoder_sequence_shape = None
         if shapes[0]:
             self.build(*shapes)
@@ -169,8 +174,7 @@ class TransformerDecoder(caches.KeepsCaches, TransformerBlock):
     def init_cache(self, batch_size, max_length, dtype=None):
         """Returns a cache for self-attention without tokens.
 
-        That for cross-attention is the same of `cross_attention_layer`; see
-        `PrimalDualAttention.init_cache`.
+        See `PrimalDualAttention.init_cache`.
 
         Args:
             batch_size: the number of sequences.
@@ -178,6 +182,18 @@ class TransformerDecoder(caches.KeepsCaches, TransformerBlock):
             dtype: of keys and values; the compute dtype if `None`.
         """
         return self._self_attention_layer.init_cache(batch_size, max_length, dtype)
+
+    def init_cross_attention_cache(self, batch_size, encoder_length, dtype=None):
+        """Returns a cache for cross-attention, to be filled by the first call.
+
+        Args:
+            batch_size: the number of sequences.
+            encoder_length: the number of tokens of the encoder.
+            dtype: of keys and values; the compute dtype if `None`.
+        """
+        cache = caches.by_position(self._cross_attention_layer)
+        dtype = dtype or self.compute_dtype
+        return cache.zeros(self._cross_attention_layer, batch_size, encoder_length, dtype)
 
     def call(
         self,
@@ -209,7 +225,7 @@ class TransformerDecoder(caches.KeepsCaches, TransformerBlock):
                     **self._masks(
                         self.primal,
                         decoder_padding_mask,
-                        ops.shape(x)[1],
+                        x,
                         self_attention_cache_update_index,
                     ),
                     attention_mask=decoder_attention_mask,
