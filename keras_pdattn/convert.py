@@ -89,7 +89,7 @@ def convert(model, primal):
     copy = _copy(model)
     found, left = _search(copy)
     primal_of = primal if callable(primal) else (lambda path, index: primal)
-    chosen = {}
+    chosen = []
     for index, (path, layer) in enumerate(found):
         its_primal = primal_of(path, index)
         if its_primal is None:
@@ -100,7 +100,7 @@ def convert(model, primal):
             reason = "it is called with an `attention_mask`, which no statistics can be taken from"
             left.append((path, layer, f"{reason}; `value_mask` and `use_causal_mask` can"))
         else:
-            chosen[path] = layer, its_primal
+            chosen.append((path, layer, its_primal))
     if not chosen:
         raise ValueError(
             "There is no attention layer in the model that can be converted. "
@@ -108,11 +108,11 @@ def convert(model, primal):
         )
     if left:
         warnings.warn(f"Not converted: {_listed(left)}", stacklevel=2)
-    primal_by_layer = {id(layer): its_primal for layer, its_primal in chosen.values()}
+    primal_by_layer = {id(layer): its_primal for _, layer, its_primal in chosen}
     undescribed = [
         (one, _by_place(one, primal_by_layer)) for one in _undescribed(copy, primal_by_layer)
     ]
-    for path, (layer, its_primal) in chosen.items():
+    for path, layer, its_primal in chosen:
         try:
             _replace(layer, its_primal)
         except ValueError as error:

@@ -157,6 +157,17 @@ def test_functional_models_and_those_in_them():
     assert len([x for x in attention_layers(converted) if x.primal.transform]) == 3
 
 
+def test_layers_of_the_same_path_are_all_converted():
+    x = inputs = keras.Input((None, 16))
+    for index in range(2):
+        own = keras.Input((None, 16))
+        attention = keras.layers.MultiHeadAttention(2, 8, name="attention")
+        x = keras.Model(own, attention(own, own), name=f"part_{index}")(x)
+    converted = keras_pdattn.convert(keras.Model(inputs, x), "batch_norm")
+    kinds = [type(one) for one in attention_layers(converted)]
+    assert kinds == 2 * [layers.PrimalDualAttention]
+
+
 @pytest.mark.parametrize("is_saved", [False, True], ids=["", "saved"])
 def test_a_registered_block(is_saved, tmp_path):
     keras_pdattn.register_block(Block, "attention")
