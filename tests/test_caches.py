@@ -385,3 +385,14 @@ def test_a_cache_by_position_among_arguments_keeps_its_dtype():
     nothing = 5 * [None]
     _, after = block(X, *nothing, cache, self_attention_cache_update_index=0)
     assert {keras.backend.standardize_dtype(x.dtype) for x in after.values()} == {"float32"}
+
+
+def test_a_grid_is_filled_position_by_position():
+    layer = layers.Conv2DAttention(4, 6, kernel_size=3, grid=(2, 3), class_tokens=1)
+    layer.build(X.shape, X.shape)
+    rng = np.random.default_rng(1)
+    layer.set_weights([rng.normal(size=w.shape) / 3 for w in layer.get_weights()])
+    full = values(layer(X, X, use_causal_mask=True))
+    for count in (0, 3):
+        output = decoded(layer, stepper(layer), layer.init_cache(3, LENGTH), count)
+        np.testing.assert_allclose(output, full, rtol=0, atol=2e-5)

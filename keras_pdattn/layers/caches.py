@@ -177,7 +177,7 @@ class KeyValueCache(Cache):
             name: ops.slice_update(x, start, cast(new[name], x.dtype)) for name, x in parts.items()
         }
         cache = ops.stack(list(parts.values()), axis=1) if self.is_stacked else parts
-        if tokens.are_first:
+        if tokens.are_first and self.look_back is not None:
             return *_attend_to_themselves(tokens, length, solve), cache
         among_all = dataclasses.replace(
             tokens,
