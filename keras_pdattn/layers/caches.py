@@ -21,7 +21,13 @@ from keras_pdattn.feature_maps import FeatureMap
 from keras_pdattn.layers.masking import attach_mask, get_keras_mask
 from keras_pdattn.ops import masks, native, recurrence
 from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast
-from keras_pdattn.ops.indexing import append_axes, fit_axis, take_along_time, zero_where_masked
+from keras_pdattn.ops.indexing import (
+    append_axes,
+    fit_axis,
+    start_at,
+    take_along_time,
+    zero_where_masked,
+)
 from keras_pdattn.training_sets import AllKeys, SlidingWindow
 
 
@@ -172,7 +178,7 @@ class KeyValueCache(Cache):
             query = zero_where_masked(tokens.query, tokens.query_mask)
             tokens = dataclasses.replace(tokens, query=query)
         new = {name: getattr(tokens, name) for name in self.names}
-        start = (0, tokens.index, 0, 0)
+        start = start_at(tokens.index, 1, 4)
         parts = {
             name: ops.slice_update(x, start, cast(new[name], x.dtype)) for name, x in parts.items()
         }
@@ -204,8 +210,9 @@ class KeyValueCache(Cache):
             query = ops.concatenate([_read(queries, start, before), tokens.query], axis=1)
         mask = tokens.attention_mask
         if mask is not None and mask.shape[-2] != 1:
-            shape, where = list(ops.shape(mask)), [0] * len(mask.shape)
-            shape[-2], where[-2] = ops.shape(query)[1], before
+            shape = list(ops.shape(mask))
+            shape[-2] = ops.shape(query)[1]
+            where = start_at(before, -2, len(shape))
             mask = ops.slice_update(ops.ones(shape, dtype="bool"), where, mask)
         query_mask, index = tokens.query_mask, ops.arange(ops.shape(tokens.query)[1], dtype="int32")
         output, scores = solve(
@@ -249,7 +256,7 @@ def _masks_of_all(tokens, key):
     for mask in tokens.key_masks:
         if mask.shape[1] != key.shape[1]:
             others = ops.ones((batch, length), dtype="bool")
-            mask = ops.slice_update(others, (0, tokens.index), mask)
+            mask = ops.slice_update(others, start_at(tokens.index, 1, 2), mask)
         found.append(mask)
     if not tokens.is_causal:
         filled = ops.arange(length, dtype="int32") < tokens.index + ops.shape(tokens.key)[1]
@@ -361,7 +368,7 @@ def _alone(tokens):
     key_masks = tuple(
         mask
         if masks.fits(mask.shape, tokens.key.shape[:2], exactly=True)
-        else ops.slice(mask, (0, tokens.index), shape)
+        else ops.slice(mask, start_at(tokens.index, 1, 2), shape)
         for mask in tokens.key_masks
     )
     return dataclasses.replace(tokens, key_masks=key_masks)

@@ -5,6 +5,7 @@ from keras import ops
 
 from keras_pdattn import primals, validation
 from keras_pdattn.layers.primal_dual_attention import PrimalDualAttention
+from keras_pdattn.ops.indexing import start_at
 
 
 class TransformerBlock(keras.layers.Layer):
@@ -140,7 +141,7 @@ class TransformerBlock(keras.layers.Layer):
         if mask is not None and not all(one.is_pointwise for one in primal.transform):
             of_queries = mask
             if start is not None and mask.shape[1] != queries.shape[1]:
-                of_queries = ops.slice(mask, (0, start), ops.shape(queries)[:2])
+                of_queries = ops.slice(mask, start_at(start, 1, 2), ops.shape(queries)[:2])
             masks["query_mask"] = of_queries
         return masks
 

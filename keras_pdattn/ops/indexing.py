@@ -18,6 +18,16 @@ def take_along_time(x, index):
     return native.take_along_axis(x, append_axes(index, len(x.shape) - 2), axis=1)
 
 
+def start_at(index, axis, rank):
+    """Where a slice of `rank` axes starts: at `index` along `axis`, at 0 along others.
+
+    All of one dtype, as JAX wants them.
+    """
+    starts = [0 if isinstance(index, int) else ops.zeros_like(index)] * rank
+    starts[axis] = index
+    return tuple(starts)
+
+
 def append_axes(x, count):
     """Appends `count` axes of size one to `x`."""
     for _ in range(count):
