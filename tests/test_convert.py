@@ -503,3 +503,11 @@ def test_a_quantized_model_is_refused():
     model.quantize("int8")
     with pytest.raises(ValueError, match="quantised then.*Received"):
         keras_pdattn.convert(model, "linear")
+
+
+def test_the_older_name_of_keras_hub_gives_the_same_layers():
+    keras_nlp = pytest.importorskip("keras_nlp")
+    inputs = keras.Input((None, 16))
+    model = keras.Model(inputs, keras_nlp.layers.TransformerEncoder(24, 4)(inputs))
+    converted = keras_pdattn.convert(model, "batch_norm")
+    assert type(converted.layers[-1]) is layers.TransformerEncoder
