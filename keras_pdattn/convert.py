@@ -67,8 +67,9 @@ def convert(model, primal):
         The copy.
 
     Raises:
-        ValueError: if the model is not built, is converted already, has LoRA adapters or no
-            layer that can be converted, or a primal problem has no meaning for a layer.
+        ValueError: if the model is not built, is converted or quantised already, has LoRA
+            adapters or no layer that can be converted, or a primal problem has no meaning
+            for a layer.
 
     Example:
 
@@ -239,29 +240,45 @@ def _search(model):
         `(found, left)`: lists of `(path, layer)`, and of `(path, layer, reason)`, in an order that
         depends on nothing but the model's class and config.
     """
-    found, left, seen = [], [], set()
-
-    def visit(layer, container):
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
+    found, left = [], []
+    for layer, container in _attention_layers(model):
         path, name = layer.path or layer.name, type(layer).__name__
-        if _key_of(layer) in _REPLACED:
+        if _is_ours(layer):
+            reason = "it has a primal problem"
+        elif _key_of(layer) in _REPLACED:
             reason = _reason_to_leave(container, layer)
-            found.append((path, layer)) if reason is None else left.append((path, layer, reason))
-        elif isinstance(layer, tuple(_REPLACED.values())):
-            left.append((path, layer, "it has a primal problem"))
         elif isinstance(layer, keras.layers.MultiHeadAttention):
-            left.append((path, layer, f"{name} may compute something else"))
+            reason = f"{name} may compute something else"
         else:
-            before = len(found) + len(left)
-            for child in _children(layer):
-                visit(child, layer)
-            if "Attention" in name and len(found) + len(left) == before:
-                left.append((path, layer, f"{name} has an attention of its own"))
-
-    visit(model, None)
+            reason = f"{name} has an attention of its own"
+        found.append((path, layer)) if reason is None else left.append((path, layer, reason))
     return found, left
+
+
+def _attention_layers(layer):
+    """Pairs of each layer for attention in `layer`, or that itself, and what holds it."""
+    found, seen = [], set()
+
+    def visit(one, container):
+        if id(one) in seen:
+            return
+        seen.add(id(one))
+        is_known = _is_ours(one) or _key_of(one) in _REPLACED
+        if is_known or isinstance(one, keras.layers.MultiHeadAttention):
+            found.append((one, container))
+            return
+        before = len(found)
+        for child in _children(one):
+            visit(child, one)
+        if "Attention" in type(one).__name__ and len(found) == before:
+            found.append((one, container))
+
+    visit(layer, None)
+    return found
+
+
+def _is_ours(layer):
+    return isinstance(layer, tuple(_REPLACED.values()))
 
 
 def _key_of(layer):
@@ -289,17 +306,15 @@ def _takes_any_mask(primal):
 
 def _reason_to_leave(container, attention):
     """Why `container` has to keep an attention layer; `None` if it can be replaced."""
-    if getattr(attention, "_use_gate", False) or getattr(attention, "_sliding_window", None):
-        if type(attention) is not keras.layers.MultiHeadAttention:
+    is_attention = _REPLACED[_key_of(attention)] is PrimalDualAttention
+    if is_attention and type(attention) is not keras.layers.MultiHeadAttention:
+        if attention._use_gate or attention._sliding_window is not None:
             return f"{type(attention).__name__} ignores its gate and window"
-    if type(attention) is not keras.layers.MultiHeadAttention and any(
-        len(node.arguments.args) > 3 for node in attention._inbound_nodes
-    ):
-        return "it is called with masks or caches by position, which ours have elsewhere"
+        if any(len(node.arguments.args) > 3 for node in attention._inbound_nodes):
+            return "it is called with masks or caches by position, which ours have elsewhere"
     attributes = _BLOCKS.get(_key_of(container), ())
-    tells_masks_apart = _REPLACED[_key_of(attention)] is not PrimalDualAttention
     is_named = any(getattr(container, one) is attention for one in attributes)
-    if tells_masks_apart or is_named or _has_graph(container):
+    if not is_attention or is_named or _has_graph(container):
         return None
     return f"`register_block` has not been told of {type(container).__name__}"
 
@@ -354,20 +369,8 @@ def _undescribed(layer, primal_by_layer):
 
 def _places(layer):
     """All layers in `layer` that could be replaced or are, whatever blocks are registered."""
-    found, seen = [], set()
-
-    def visit(one):
-        if id(one) in seen:
-            return
-        seen.add(id(one))
-        if _key_of(one) in _REPLACED or isinstance(one, tuple(_REPLACED.values())):
-            found.append(one)
-        else:
-            for child in _children(one):
-                visit(child)
-
-    visit(layer)
-    return found
+    found = [one for one, _ in _attention_layers(layer)]
+    return [one for one in found if _is_ours(one) or _key_of(one) in _REPLACED]
 
 
 def _by_place(layer, primal_by_layer):
@@ -430,7 +433,7 @@ class Converted:
         places = _places(layer)
         for place, primal in by_place.items():
             # A container may have brought back its layers as they were saved.
-            if not isinstance(places[int(place)], tuple(_REPLACED.values())):
+            if not _is_ours(places[int(place)]):
                 _replace(places[int(place)], primal)
         _describe(layer, by_place)
         _track_new_weights(layer)

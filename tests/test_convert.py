@@ -511,3 +511,14 @@ def test_the_older_name_of_keras_hub_gives_the_same_layers():
     model = keras.Model(inputs, keras_nlp.layers.TransformerEncoder(24, 4)(inputs))
     converted = keras_pdattn.convert(model, "batch_norm")
     assert type(converted.layers[-1]) is layers.TransformerEncoder
+
+
+def test_a_decoder_called_by_position_is_converted():
+    decoder = keras_hub.layers.TransformerDecoder(24, 4)
+    inputs, encoded = keras.Input((None, 16)), keras.Input((None, 16))
+    mask = keras.Input((None,), dtype="bool")
+    model = keras.Model([inputs, encoded, mask], decoder(inputs, encoded, mask, None))
+    converted = keras_pdattn.convert(model, "softmax")
+    x = [SEQUENCE, SEQUENCE + 1, np.arange(7) < [[5], [7]]]
+    assert type(converted.layers[-1]) is layers.TransformerDecoder
+    np.testing.assert_allclose(values(converted(x)), values(model(x)), rtol=0, atol=2e-6)

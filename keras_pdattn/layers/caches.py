@@ -97,8 +97,7 @@ class Cache:
             shape = batch_size, *shape
             if name == "valid":
                 return ops.zeros(shape, dtype="bool")
-            its_dtype = accumulator(layer.compute_dtype) if isinstance(self, StateCache) else dtype
-            return ops.full(shape, NOTHING if name == "log_scale" else 0, its_dtype)
+            return ops.full(shape, NOTHING if name == "log_scale" else 0, dtype)
 
         shapes = self.shapes(layer, length)
         if isinstance(shapes, dict):
@@ -319,6 +318,10 @@ class WindowCache(Cache):
 @dataclasses.dataclass(frozen=True)
 class StateCache(Cache):
     """The state of a finite feature map."""
+
+    def zeros(self, layer, batch_size, length, dtype):
+        # Sums over many tokens, whatever keys and values are kept in.
+        return super().zeros(layer, batch_size, length, accumulator(layer.compute_dtype))
 
     def shapes(self, layer, length):
         sizes = layer.num_heads, layer.key_dim, layer.value_dim

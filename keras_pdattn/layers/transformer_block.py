@@ -65,18 +65,15 @@ class TransformerBlock(keras.layers.Layer):
 
     def _initializers(self):
         """Initialisers for one sublayer: each draws numbers of its own."""
-        return {
-            name: one.__class__.from_config(one.get_config())
-            if isinstance(one, keras.initializers.Initializer)
-            else one
-            for name, one in (
-                ("kernel_initializer", self.kernel_initializer),
-                ("bias_initializer", self.bias_initializer),
-            )
+        found = {
+            "kernel_initializer": self.kernel_initializer,
+            "bias_initializer": self.bias_initializer,
         }
+        is_object = keras.initializers.Initializer
+        return {n: x.clone() if isinstance(x, is_object) else x for n, x in found.items()}
 
     def _add_attention(self, name, primal, query_shape, value_shape):
-        """Makes an attention layer, the norm that goes with it and its dropout."""
+        """Makes an attention layer, built."""
         width = query_shape[-1]
         if width is None or width < self.num_heads:
             raise ValueError(
