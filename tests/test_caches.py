@@ -396,3 +396,17 @@ def test_a_grid_is_filled_position_by_position():
     for count in (0, 3):
         output = decoded(layer, stepper(layer), layer.init_cache(3, LENGTH), count)
         np.testing.assert_allclose(output, full, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("primal", ["linear", Primal(RANDOM)], ids=["state", "scaled state"])
+def test_several_tokens_go_on_from_a_state(primal):
+    """Of keys whose features differ by orders of magnitude."""
+    layer = layers.PrimalDualAttention(4, 6, primal=primal)
+    layer.build(X.shape, X.shape)
+    x = X * np.array([1, 4, 1, 0.2, 3, 1, 5], "float32")[:, np.newaxis]
+    full, cache = values(layer(x, x, use_causal_mask=True)), layer.init_cache(3, LENGTH)
+    for start, stop in ((0, 2), (2, 5), (5, 7)):
+        new = x[:, start:stop]
+        options = {"cache": cache, "cache_update_index": start, "use_causal_mask": True}
+        output, cache = layer(new, new, **options)
+        np.testing.assert_allclose(values(output), full[:, start:stop], rtol=0, atol=2e-5)
