@@ -136,6 +136,9 @@ def train_with_torch(rank, num_processes, folder):
             distributed.all_reduce(loss)
         found.append(float(loss) / num_processes)
     if num_processes > 1:
+        # The wrapper must not outlive the group: it would end the group's threads while it holds
+        # Python's lock, for which one of them may be waiting.
+        del trained
         distributed.destroy_process_group()
     if rank == 0:
         np.save(Path(folder) / f"{num_processes}.npy", found)
