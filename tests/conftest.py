@@ -1,9 +1,15 @@
 """One backend a run, named by `KERAS_BACKEND`; deterministic examples, a larger set for `slow`."""
 
 import os
+from pathlib import Path
 
-# JAX compiles every op for every shape; the tests wait for that, not for the ops.
+# JAX compiles every op for every shape; the tests wait for that, not for the ops. Processes and
+# later runs share what it compiled.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 import backends
 import keras

@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import itertools
 
+import backends
 import numpy as np
+import pytest
 import reference
 
 from keras_pdattn import Primal, feature_maps, transforms
@@ -140,6 +142,27 @@ MEMBERS = [
     _named("taylor", "window"),
     _named("random", "conv_bn", "scaled"),
 ]
+every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
+
+#: Of those a half, among them every transform, statistics over several training sets, and
+#: every kind of cache.
+FEW = [
+    _named("softmax"),
+    _named("softmax", "bn", "scaled"),
+    _named("softmax", "conv"),
+    _named("softmax", "bn", "dilated"),
+    _named("elu"),
+    _named("random", "conv_bn", "scaled"),
+]
+
+
+def waits_for_compilers(member, few=FEW):
+    """`member` as a parameter of a test that runs for `few` members only where ops compile."""
+    is_slow = backends.BACKEND != "torch" and member not in few
+    return pytest.param(member, marks=[pytest.mark.slow] if is_slow else [], id=str(member))
+
+
+every_member_compiled = pytest.mark.parametrize("member", [waits_for_compilers(m) for m in MEMBERS])
 
 
 def _batch_norm(feature_map="softmax", **options):

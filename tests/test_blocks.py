@@ -10,7 +10,7 @@ import backends
 import keras
 import numpy as np
 import pytest
-from members import MEMBERS
+from members import every_member_compiled
 from problems import assert_close
 from test_forms import arrays, check_same, value_and_gradients
 
@@ -317,7 +317,7 @@ def eager_gradients(function, array):
     return backends.gradients(function, [array])
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 def test_layers_train_with_dropout_in_blocks(small_blocks, member):
     """Under the compiler that `fit` takes, with padding and a causal mask."""
     inputs = keras.Input((None, 12))

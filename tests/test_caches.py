@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops as keras_ops
-from members import MEMBERS, PAIRS, RANDOM, SEQUENCE_MEMBERS
+from members import FEW, MEMBERS, PAIRS, RANDOM, SEQUENCE_MEMBERS, every_member_compiled
 from test_layers import values
 
 from keras_pdattn import Primal, layers, training_sets
@@ -22,7 +22,7 @@ MASK[1, [0, 1, 4]] = False
 MASK[2, 5:] = False
 
 #: Those of every run; compilers take seconds for each.
-SOME = MEMBERS
+SOME = FEW
 if backends.BACKEND == "torch":
     SOME = list(dict.fromkeys(MEMBERS + [one for one in PAIRS if one.num_axes == 1]))
 
@@ -112,7 +112,7 @@ def test_steps_give_what_the_whole_sequence_does(member, kind):
 
 
 @pytest.mark.parametrize("index", [3, "tensor"] if backends.BACKEND == "torch" else ["tensor"])
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 def test_several_tokens_may_come_at_once(member, index):
     layer = layer_of(member)
     full = values(layer(X, X, value_mask=MASK, use_causal_mask=True))
@@ -125,7 +125,7 @@ def test_several_tokens_may_come_at_once(member, index):
         np.testing.assert_allclose(values(output)[valid], full[:, 3:][valid], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 def test_scores_and_attention_masks_are_those_of_all_positions(member):
     layer = layer_of(member)
     mask = np.random.default_rng(3).random((3, LENGTH, LENGTH)) < 0.7
@@ -152,7 +152,7 @@ def test_scores_and_attention_masks_are_those_of_all_positions(member):
         np.testing.assert_allclose(values(scores), full_scores[:, :, some], rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 def test_a_cache_that_is_not_updated_stands_for_the_values(member):
     layer = layer_of(member)
     query = X[:, :2] + 1
@@ -221,7 +221,7 @@ def test_values_may_have_another_depth():
     np.testing.assert_allclose(output, full, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 def test_a_mask_may_be_of_the_new_tokens_alone(member):
     """Where those before them were not padding."""
     layer, mask = layer_of(member), MASK.copy()
@@ -274,7 +274,7 @@ def test_a_ring_goes_round_many_times():
         start += count
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 def test_symbolic_calls_have_the_same_structure(member):
     layer = layer_of(member)
     cache = layer.init_cache(3, LENGTH)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from keras import ops as keras_ops
-from members import MEMBERS, RANDOM, conv1d_kernel, omega
+from members import RANDOM, conv1d_kernel, every_member, omega
 from user_members import EvenKeys
 
 from keras_pdattn import Primal, duality, layers, transforms
@@ -260,7 +260,7 @@ X = np.random.default_rng(1).normal(size=(2, 7, 12)).astype("float32")
 MASK = np.array([[True] * 7, [False] + [True] * 4 + [False] * 2])
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 def test_dual_coefficients_are_their_definition(member, masked):
     """alpha_j = v_j h(T(k_j)), by loops over examples, for every kind of member."""

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops as keras_ops
-from members import MEMBERS
+from members import every_member
 from test_layers import built, values
 
 import keras_pdattn
@@ -29,7 +29,6 @@ PRIMALS = {
     "conv1d": "conv1d",
 }
 every_primal = pytest.mark.parametrize("primal", PRIMALS.values(), ids=PRIMALS)
-every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 7, 12)).astype("float32")
 

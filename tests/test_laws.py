@@ -4,12 +4,11 @@ import backends
 import hypothesis
 import numpy as np
 import pytest
-from members import MEMBERS, VARIANTS
+from members import MEMBERS, VARIANTS, every_member
 from problems import Problem, assert_close, check_against_oracle, problems
 
 from keras_pdattn import Primal, feature_maps, ops, training_sets, transforms
 
-every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 every_variant = pytest.mark.parametrize("member", MEMBERS + VARIANTS, ids=str)
 few_examples = hypothesis.settings(max_examples=1 if backends.BACKEND == "jax" else 4)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import reference
 from keras import ops as keras_ops
-from members import MEMBERS
+from members import FEW, MEMBERS, every_member, every_member_compiled
 
 from keras_pdattn import feature_maps, layers, ops
 
@@ -30,8 +30,6 @@ def needed(cls):
     """Arguments a layer needs for flat inputs of five positions."""
     return {"grid": (5, 1)} if cls is layers.Conv2DAttention else {}
 
-
-every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
 QUERY, VALUE = (
     np.random.default_rng(0).normal(size=(2, length, 12)).astype("float32") for length in (5, 7)
@@ -135,7 +133,7 @@ MASKS_OF_EVERY_RANK = [
 ]
 
 
-@every_member
+@every_member_compiled
 def test_masks_of_every_rank_equal_their_broadcast(member):
     layer = built(member)
     for shape in MASKS_OF_EVERY_RANK:
@@ -151,7 +149,7 @@ def test_masks_of_every_rank_equal_their_broadcast(member):
         )
 
 
-@every_member
+@every_member_compiled
 def test_implicit_masks_are_explicit_ones(member):
     """Masks that Keras attaches do what the arguments do, eagerly and in a model."""
     layer = built(member)
@@ -420,19 +418,18 @@ def test_symbolic_shapes_and_dtypes_are_the_real_ones(member, dtype, static):
 COMPILED_ON_TORCH = {
     "softmax",
     "softmax-bn",
-    "softmax-bn-scaled-causal",
     "elu-causal",
     "taylor-window",
 }
 
 
 def compiled_cases():
-    """Every member, causal and not; on torch a choice."""
+    """Every member, causal and not; on torch a choice, elsewhere a few."""
     for member in MEMBERS:
         for use_causal_mask in (False, True):
             name = f"{member}-causal" if use_causal_mask else str(member)
-            is_slow = backends.BACKEND == "torch" and name not in COMPILED_ON_TORCH
-            marks = [pytest.mark.slow] if is_slow else []
+            is_quick = name in COMPILED_ON_TORCH if backends.BACKEND == "torch" else member in FEW
+            marks = [] if is_quick else [pytest.mark.slow]
             yield pytest.param(member, use_causal_mask, marks=marks, id=name)
 
 
@@ -464,7 +461,7 @@ def test_unknown_lengths_under_the_compiler(member, use_causal_mask):
             np.testing.assert_allclose(values(actual), values(expected), atol=1e-5)
 
 
-@every_member
+@every_member_compiled
 def test_a_functional_model_of_unknown_length_trains(member):
     """`fit` under the backend's default compiler; every weight gets a gradient."""
     inputs = keras.Input((None, 12))
@@ -486,7 +483,7 @@ def test_a_functional_model_of_unknown_length_trains(member):
     assert model.predict(data[:, :3], verbose=0).shape == (4, 3, 12)
 
 
-@every_member
+@every_member_compiled
 def test_dropout(member):
     """Inactive in inference; in training seeded, unbiased, and of the stated share."""
     arguments = {"dropout": 0.4, "seed": 7}
@@ -571,7 +568,7 @@ class Outer(keras.layers.Layer):
 
 
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
-@every_member
+@every_member_compiled
 def test_a_layer_around_one_need_not_know_the_length(member, is_causal):
     """Keras traces what the outer layer does, on JAX with symbols for sizes."""
     outer = Outer(built(member), use_causal_mask=is_causal)

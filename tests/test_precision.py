@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from keras import ops as keras_ops
-from members import MEMBERS
+from members import MEMBERS, every_member_compiled, waits_for_compilers
 
 from keras_pdattn import feature_maps, layers, ops, transforms
 
@@ -47,7 +47,7 @@ def rms(error):
 
 @LOW
 @CAUSAL
-@pytest.mark.parametrize("member", [m for m in MEMBERS if normalises(m)], ids=str)
+@pytest.mark.parametrize("member", [waits_for_compilers(m) for m in MEMBERS if normalises(m)])
 def test_an_offset_costs_batch_norm_no_precision(member, is_causal, dtype):
     """Keys and queries whose mean is 100 times their spread lose no more than centred ones."""
 
@@ -71,7 +71,7 @@ def test_an_offset_costs_batch_norm_no_precision(member, is_causal, dtype):
 
 
 @LOW
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 @pytest.mark.parametrize("mean", [0.0, 100.0], ids=["centred", "mean_of_100_spreads"])
 def test_error_of_layers(member, mean, dtype):
     """Against Keras's layer, projections included, from the same rounded weights."""
@@ -113,7 +113,7 @@ def test_long_sequences_keep_their_sums(member, dtype):
     np.testing.assert_allclose(output, 1.0, atol=5e-3)
 
 
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+@every_member_compiled
 @pytest.mark.parametrize(
     ("dtype", "size"), [("float32", 1e4), ("bfloat16", 1e4), ("float16", 1e2)], ids=str
 )
