@@ -153,9 +153,7 @@ class BatchNorm(Transform):
     learn_beta: bool = False
 
     def __post_init__(self):
-        epsilon = validation.real(
-            "epsilon", self.epsilon, "a positive number", lambda value: 0 < value < float("inf")
-        )
+        epsilon = validation.positive("epsilon", self.epsilon)
         beta = validation.real(
             "beta", self.beta, "a finite number", lambda value: abs(value) < float("inf")
         )

@@ -44,6 +44,11 @@ def real(name, value, expected, accepts):
     return float(value)
 
 
+def positive(name, value, expected="a positive number"):
+    """Returns `value` as a float if it is a finite number above zero."""
+    return real(name, value, expected, lambda number: 0 < number < float("inf"))
+
+
 def dropout_rate(name, value):
     """Returns `value` as a float if it is a share of entries that can be dropped."""
     return real(name, value, "a number in [0, 1)", lambda rate: 0 <= rate < 1)

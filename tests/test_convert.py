@@ -8,6 +8,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
+from members import waits_for_compilers
 from test_layers import values
 
 import keras_pdattn
@@ -310,9 +311,13 @@ def test_a_converted_gpt2_generates(name):
     np.testing.assert_array_equal(tokens, uncached(converted))
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "linear", "window"])
+#: By position, a state and a ring.
+CACHES = ["batch_norm", "linear", "window"]
+
+
+@pytest.mark.parametrize("name", [waits_for_compilers(name, few=CACHES) for name in CAUSAL])
 def test_other_samplers_take_every_kind_of_cache(name):
-    """By position, a state and a ring; a beam reorders them."""
+    """A beam reorders them."""
     model = keras_hub.models.GPT2CausalLM(backbone=backbone("GPT2")[0], preprocessor=None)
     converted = randomized(keras_pdattn.convert(model, CAUSAL[name]))
     for sampler in (keras_hub.samplers.TopKSampler(k=3, seed=0), "beam"):

@@ -298,6 +298,9 @@ def test_wrong_arguments_and_calls_are_refused():
             cls(16, 0)
         with pytest.raises(ValueError, match="dropout.*Received"):
             cls(16, 4, dropout=1.0)
+        for epsilon in (0, -1e-5, float("nan"), "small"):
+            with pytest.raises(ValueError, match="layer_norm_epsilon.*Received"):
+                cls(16, 4, layer_norm_epsilon=epsilon)
         with pytest.raises(ValueError, match="scale.*Received"):
             cls(16, 2, primal="scaled_head")
         with pytest.raises(ValueError, match="one feature for each head.*Received"):

@@ -94,10 +94,10 @@ def fit(
     primal = primals.get(primal)
     keys, values = _checked(keys, values)
     if C != "scale":
-        C = validation.real("C", C, "a positive number or 'scale'", lambda x: 0 < x < np.inf)
+        C = validation.positive("C", C, "a positive number or 'scale'")
     epsilon = validation.real("epsilon", epsilon, "a number from 0", lambda x: 0 <= x < np.inf)
     validation.boolean("fit_intercept", fit_intercept)
-    validation.real("tolerance", tolerance, "a positive number", lambda x: 0 < x < np.inf)
+    validation.positive("tolerance", tolerance)
     problem = _problem(primal, keys, values, weights)
     (examples,) = np.nonzero(problem.is_valid()[0])
     key = ops.take(problem.transformed_keys(), examples, axis=1)

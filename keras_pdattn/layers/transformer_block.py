@@ -31,6 +31,7 @@ class TransformerBlock(keras.layers.Layer):
         validation.positive_int("intermediate_dim", intermediate_dim)
         validation.positive_int("num_heads", num_heads)
         validation.dropout_rate("dropout", dropout)
+        validation.positive("layer_norm_epsilon", layer_norm_epsilon)
         super().__init__(**kwargs)
         self.intermediate_dim = intermediate_dim
         self.num_heads = num_heads
