@@ -156,13 +156,17 @@ FEW = [
 ]
 
 
-def waits_for_compilers(member, few=FEW):
-    """`member` as a parameter of a test that runs for `few` members only where ops compile."""
-    is_slow = backends.BACKEND != "torch" and member not in few
-    return pytest.param(member, marks=[pytest.mark.slow] if is_slow else [], id=str(member))
+def few_where_compiled(name, values, few):
+    """Runs a test for all `values`; those that are not of `few` are slow where ops compile."""
+
+    def marks(value):
+        return [pytest.mark.slow] if backends.BACKEND != "torch" and value not in few else []
+
+    params = [pytest.param(value, marks=marks(value), id=str(value)) for value in values]
+    return pytest.mark.parametrize(name, params)
 
 
-every_member_compiled = pytest.mark.parametrize("member", [waits_for_compilers(m) for m in MEMBERS])
+every_member_compiled = few_where_compiled("member", MEMBERS, FEW)
 
 
 def _batch_norm(feature_map="softmax", **options):

@@ -8,7 +8,7 @@ import warnings
 import keras
 import numpy as np
 import pytest
-from members import waits_for_compilers
+from members import few_where_compiled
 from test_layers import values
 
 import keras_pdattn
@@ -315,7 +315,7 @@ def test_a_converted_gpt2_generates(name):
 CACHES = ["batch_norm", "linear", "window"]
 
 
-@pytest.mark.parametrize("name", [waits_for_compilers(name, few=CACHES) for name in CAUSAL])
+@few_where_compiled("name", CAUSAL, few=CACHES)
 def test_other_samplers_take_every_kind_of_cache(name):
     """A beam reorders them."""
     model = keras_hub.models.GPT2CausalLM(backbone=backbone("GPT2")[0], preprocessor=None)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from keras import ops as keras_ops
-from members import MEMBERS, every_member_compiled, waits_for_compilers
+from members import FEW, MEMBERS, every_member_compiled, few_where_compiled
 
 from keras_pdattn import feature_maps, layers, ops, transforms
 
@@ -47,7 +47,7 @@ def rms(error):
 
 @LOW
 @CAUSAL
-@pytest.mark.parametrize("member", [waits_for_compilers(m) for m in MEMBERS if normalises(m)])
+@few_where_compiled("member", [m for m in MEMBERS if normalises(m)], FEW)
 def test_an_offset_costs_batch_norm_no_precision(member, is_causal, dtype):
     """Keys and queries whose mean is 100 times their spread lose no more than centred ones."""
 
