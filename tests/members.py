@@ -157,12 +157,16 @@ FEW = [
 
 
 def few_where_compiled(name, values, few):
-    """Runs a test for all `values`; those that are not of `few` are slow where ops compile."""
+    """Runs a test for all `values`; those that are not of `few` are slow where ops compile.
 
-    def marks(value):
-        return [pytest.mark.slow] if backends.BACKEND != "torch" and value not in few else []
-
-    params = [pytest.param(value, marks=marks(value), id=str(value)) for value in values]
+    Of a dict the keys name the values, in `few` too.
+    """
+    named = values if isinstance(values, dict) else {value: value for value in values}
+    params = []
+    for key, value in named.items():
+        is_slow = backends.BACKEND != "torch" and key not in few
+        marks = [pytest.mark.slow] if is_slow else []
+        params.append(pytest.param(value, marks=marks, id=str(key)))
     return pytest.mark.parametrize(name, params)
 
 

@@ -10,7 +10,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops as keras_ops
-from members import every_member
+from members import every_member, few_where_compiled
 from test_layers import built, values
 
 import keras_pdattn
@@ -28,7 +28,7 @@ PRIMALS = {
     "window": Primal(training_set=training_sets.SlidingWindow(3)),
     "conv1d": "conv1d",
 }
-every_primal = pytest.mark.parametrize("primal", PRIMALS.values(), ids=PRIMALS)
+every_primal = few_where_compiled("primal", PRIMALS, few=["both", "linear", "window", "conv1d"])
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 7, 12)).astype("float32")
 

@@ -4,7 +4,7 @@ import backends
 import hypothesis
 import numpy as np
 import pytest
-from members import MEMBERS, VARIANTS, every_member
+from members import MEMBERS, VARIANTS, every_member, every_member_compiled
 from problems import Problem, assert_close, check_against_oracle, problems
 
 from keras_pdattn import Primal, feature_maps, ops, training_sets, transforms
@@ -272,7 +272,7 @@ def test_identical_keys(member):
         assert_close(same.solve(member), expected, same.tolerance(member))
 
 
-@every_member
+@every_member_compiled
 @pytest.mark.parametrize(
     "shape", [(0, 3, 3), (2, 0, 3), (2, 3, 0), (2, 1, 1), (1, 1, 9), (1, 9, 1)], ids=str
 )

@@ -81,7 +81,7 @@ def by_hand(layer, member, query, value, key, **options):
     return output + biases["attention_output"], scores
 
 
-@every_member
+@every_member_compiled
 @pytest.mark.parametrize("use_gate", [False, True])
 def test_a_layer_is_its_projections_around_the_oracle(member, use_gate):
     """All call arguments at once: cross-attention, three padding masks, a 3-D mask, causal."""

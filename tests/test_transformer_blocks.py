@@ -7,6 +7,7 @@ import keras
 import numpy as np
 import pytest
 from keras import ops as keras_ops
+from members import few_where_compiled
 from test_layers import values
 
 from keras_pdattn import layers, transforms
@@ -35,7 +36,9 @@ PRIMALS = [
 ]
 ARGUMENTS = {"intermediate_dim": 16, "num_heads": 4, "layer_norm_epsilon": 1e-3}
 pre_and_post = pytest.mark.parametrize("normalize_first", [False, True], ids=["post", "pre"])
-every_primal = pytest.mark.parametrize("primal", PRIMALS)
+every_primal = few_where_compiled(
+    "primal", PRIMALS, few=["batch_norm_scaled_head", "linear", "sliding_window", "conv1d"]
+)
 
 
 def pair(cls, *inputs, **arguments):
