@@ -4,7 +4,10 @@ BACKEND ?= tensorflow
 VENV := .venv
 BIN := $(VENV)/bin
 BACKENDS := tensorflow jax torch
-PYTEST := $(BIN)/python -m pytest -n 2 -q
+# Tests on JAX wait for XLA to compile; flags that the pinned versions know make that quick.
+XLA_FLAGS := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
+	--xla_cpu_parallel_codegen_split_count=1
+PYTEST := XLA_FLAGS="$(XLA_FLAGS)" $(BIN)/python -m pytest -n 2 -q
 
 .PHONY: help demo test test-family test-slow $(BACKENDS:%=test-%) lint bench docs clean
 

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 # JAX compiles every op for every shape; the tests wait for that, not for the ops. Processes and
-# later runs share what it compiled.
+# later runs share what it compiled. (The Makefile has flags that other versions may not know.)
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "jax"
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(PROGRAMS))
