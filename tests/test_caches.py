@@ -259,12 +259,13 @@ def test_what_another_sequence_left_in_a_cache_is_not_seen(primal):
     np.testing.assert_allclose(output, expected, rtol=0, atol=1e-5)
 
 
-def test_a_ring_goes_round_many_times():
-    layer = layers.SlidingWindowAttention(4, 6, size=2)
+@pytest.mark.parametrize(("size", "dilation"), [(4, 1), (3, 2)])
+def test_a_ring_goes_round_many_times(size, dilation):
+    layer = layers.SlidingWindowAttention(4, 6, size=size, dilation=dilation)
     layer.build(X.shape, X.shape)
     x = np.concatenate([X, X + 1, X - 1], axis=1)
     full, cache = values(layer(x, x, use_causal_mask=True)), layer.init_cache(3, 21)
-    assert cache["key"].shape[1] == 2
+    assert cache["key"].shape[1] == size * dilation
     start = 0
     for count in (5, 1, 1, 3, 1, 8, 2):
         new = x[:, start : start + count]
