@@ -536,3 +536,13 @@ def test_a_decoder_called_by_position_is_converted():
     x = [SEQUENCE, SEQUENCE + 1, np.arange(7) < [[5], [7]]]
     assert type(converted.layers[-1]) is layers.TransformerDecoder
     np.testing.assert_allclose(values(converted(x)), values(model(x)), rtol=0, atol=2e-6)
+
+
+def test_a_converted_decoder_keeps_the_dtype_of_its_state():
+    inputs = keras.Input((None, 16))
+    decoder = keras_hub.layers.TransformerDecoder(24, 4, dtype="mixed_bfloat16")
+    block = keras_pdattn.convert(keras.Model(inputs, decoder(inputs)), "linear").layers[-1]
+    cache = block.init_cache(2, 7)
+    _, after = block(SEQUENCE, self_attention_cache=cache, self_attention_cache_update_index=0)
+    for one in (cache, after):
+        assert {keras.backend.standardize_dtype(x.dtype) for x in one.values()} == {"float32"}
