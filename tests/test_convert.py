@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 
+import backends
 import keras
 import numpy as np
 import pytest
@@ -546,3 +547,14 @@ def test_a_converted_decoder_keeps_the_dtype_of_its_state():
     _, after = block(SEQUENCE, self_attention_cache=cache, self_attention_cache_update_index=0)
     for one in (cache, after):
         assert {keras.backend.standardize_dtype(x.dtype) for x in one.values()} == {"float32"}
+
+
+@pytest.mark.skipif(backends.BACKEND != "torch", reason="Its loops ask the module for parameters")
+@pytest.mark.parametrize("name", ["functional", "GPT2"])
+def test_modules_of_torch_list_the_new_weights(name):
+    model = functional() if name == "functional" else backbone(name)[0]
+    converted = keras_pdattn.convert(model, "conv1d")
+    again = type(converted).from_config(converted.get_config())
+    for one in (converted, again):
+        listed = {id(parameter) for parameter in one.parameters()}
+        assert {id(w.value) for w in one.trainable_weights} <= listed
