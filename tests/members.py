@@ -144,14 +144,15 @@ MEMBERS = [
 ]
 every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
-#: Of those a half, among them every transform, statistics over several training sets, and
-#: every kind of cache.
+#: Some of those: with every transform, and with caches by position, with queries, of a state and
+#: in a ring.
 FEW = [
     _named("softmax"),
     _named("softmax", "bn", "scaled"),
     _named("softmax", "conv"),
     _named("softmax", "bn", "dilated"),
     _named("elu"),
+    _named("taylor", "window"),
     _named("random", "conv_bn", "scaled"),
 ]
 
