@@ -20,6 +20,7 @@ WIDTH = HEADS * DEPTH
 CHECKED_LENGTH = 67
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.1}
 MODES = ("whole", "causal", "padded")
+RIVALS = ("Keras", "our softmax")
 
 
 @dataclasses.dataclass(frozen=True)

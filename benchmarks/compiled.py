@@ -57,11 +57,7 @@ def training_of(layer, compiles_torch=False, **call):
         gradients = jax.jit(jax.grad(stateless_loss, argnums=(0, 1)))
         variables = [weight.value for weight in layer.trainable_variables]
 
-        def step(x):
-            of_weights, of_x = gradients(variables, x)
-            return jax.block_until_ready((of_x, of_weights))[0]
-
-        return step
+        return lambda x: gradients(variables, x)
     import tensorflow as tf
 
     @tf.function(jit_compile=True, reduce_retracing=False)
@@ -78,5 +74,15 @@ PASSES = {"forward": forward_of, "training step": training_of}
 
 
 def wait(result):
-    """Returns when `result` is there, which JAX promises only."""
-    keras.ops.convert_to_numpy(keras.ops.cast(result[:, -1:], "float32"))
+    """Returns when `result` is there, which JAX, and all on a GPU, promise only."""
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.block_until_ready(result)
+    elif keras.backend.backend() == "torch":
+        import torch
+
+        if result.is_cuda:
+            torch.cuda.synchronize()
+    else:
+        keras.ops.convert_to_numpy(keras.ops.cast(result[:, -1:], "float32"))

@@ -7,7 +7,7 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn import descriptions, validation
-from keras_pdattn.ops import convolution, statistics
+from keras_pdattn.ops import convolution, native, statistics
 from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import take_along_time
 
@@ -196,7 +196,7 @@ class BatchNorm(Transform):
             return _narrowed(queries, examples, dtype)
         mean = statistics.mean(examples.key, examples.mask)
         # Centred, whatever beta is: a common offset would eat the mantissa.
-        centred = examples.with_keys(lambda key: widen(key) - mean)
+        centred = examples.with_keys(lambda key: native.widened(key) - mean)
         variance = self._denominator(statistics.variance(centred.key, examples.mask))
         x = self._less_mean(queries.x, mean, weights)
         if _is_half(dtype):
@@ -215,13 +215,13 @@ class BatchNorm(Transform):
         by the deviation and shifts them, and the scale can go to the query.
         """
         origin = statistics.origin(examples.key, examples.mask)
-        centred = examples.with_keys(lambda key: widen(key) - origin)
+        centred = examples.with_keys(lambda key: native.widened(key) - origin)
         limit = None if examples.has_limit_at_each() else examples.limit
         moments = statistics.prefix_moments(centred.key, limit, examples.mask)
         if centred.own is not None:
             moments = statistics.append_example(moments, centred.own.key, centred.own.mask)
         count, mean, squares = moments
-        variance = self._denominator(squares / ops.maximum(count, 1))
+        variance = self._denominator(squares / native.at_least(count, 1))
         x = self._less_mean(queries.x, origin + mean, weights) / variance
         dtype = queries.x.dtype
         # Where a prefix has no spread, 1 / epsilon is beyond float16.
@@ -235,8 +235,11 @@ class BatchNorm(Transform):
         """`x` less beta times the mean."""
         if not self.center:
             return widen(x)
-        beta = ops.cast(weights["beta"], mean.dtype) if self.learn_beta else self.beta
-        return widen(x) - beta * mean
+        if self.learn_beta:
+            mean = ops.cast(weights["beta"], mean.dtype) * mean
+        elif self.beta != 1:
+            mean = self.beta * mean
+        return native.widened(x) - mean
 
 
 def _is_half(dtype):

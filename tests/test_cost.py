@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from keras_pdattn import Primal, analysis, feature_maps, layers, ops
+from keras_pdattn.layers import projections
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
 
 RANDOM = feature_maps.PositiveRandom(8)
@@ -91,27 +92,39 @@ def layer_of(primal, **arguments):
 
 
 @pytest.mark.parametrize(("arguments", "input_shape", "is_causal", "expected"), HAND_COUNTS)
-def test_hand_counts(arguments, input_shape, is_causal, expected):
+def test_hand_counts(arguments, input_shape, is_causal, expected, monkeypatch):
+    # As for sequences that torch, too, takes means of before it projects them.
+    monkeypatch.setattr(projections, "LEAST_LATE", 0)
     layer = layer_of(**arguments)
     cost = analysis.cost(layer, input_shape, use_causal_mask=is_causal)
     assert cost.attention == expected
     assert not layer.built
     query_shape, value_shape = input_shape if isinstance(input_shape, list) else [input_shape] * 2
     depths = 3, arguments.get("value_dim", 3)
-    layer_cost, projections = cost.layers[0], np.prod(query_shape) * 2 * sum(depths)
+    layer_cost, products = cost.layers[0], np.prod(query_shape) * 2 * sum(depths)
     for head in layer_cost.heads:
         # Means of inputs are fewer than keys; causally each query has one of its own.
         projected = layer_cost.keys if is_causal else head.examples
-        projections += np.prod(value_shape) // layer_cost.keys * projected * sum(depths)
-    assert layer_cost.projections == projections
+        products += np.prod(value_shape) // layer_cost.keys * projected * sum(depths)
+    assert layer_cost.projections == products
     layer.build(query_shape, value_shape)
     assert analysis.cost(layer, input_shape, use_causal_mask=is_causal).attention == expected
     assert cost.parameters == layer.count_params()
     assert cost.parameter_bytes == 4 * layer.count_params()
 
 
-def test_bytes_by_hand():
+def test_torch_projects_few_keys_before_it_takes_means():
+    layer = layers.ScaledHeadAttention(2, 3, scales=(1, 4))
+    for length in (projections.LEAST_LATE - 4, projections.LEAST_LATE):
+        all_at_once = keras.backend.backend() == "torch" and length < projections.LEAST_LATE
+        projected = 2 * length if all_at_once else length + length // 4
+        (layer_cost,) = analysis.cost(layer, shape(1, length)).layers
+        assert layer_cost.projections == 12 * 2 * 3 * (2 * length + projected)
+
+
+def test_bytes_by_hand(monkeypatch):
     """Float32 and bfloat16: projections, weights or states, outputs; each head of its own."""
+    monkeypatch.setattr(projections, "LEAST_LATE", 0)
     one_head = (5 + 5) * (3 + 3) * 4 + 5 * 5 * 4
     output = 5 * 12 * 4
     assert analysis.cost(layer_of("softmax"), shape(1, 5)).activation_bytes == 2 * one_head + output

@@ -279,7 +279,7 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         with_scores,
         layer._sliding_window if is_ours else None,
         layer._use_gate,
-        is_ours and layer._projects_means(is_causal),
+        is_ours and layer._projects_means(sizes[1], is_causal),
         layer.compute_dtype,
     )
     heads, num_projected = [], 0

@@ -306,7 +306,8 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
         with detached_masks(query, value, key):
             gate = self._project(self._gate_dense, query) if self._use_gate else None
             query = self._project(self._query_dense, query)
-            if self._projects_means(use_causal_mask):
+            sizes = [value.shape[axis] for axis in self._axes.attended]
+            if self._projects_means(sizes, use_causal_mask):
                 context["projections"] = [
                     projections.projection(dense) for dense in (self._key_dense, self._value_dense)
                 ]
@@ -449,14 +450,21 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
     def _project(self, dense, x):
         return projections.project(dense, x, self.compute_dtype)
 
-    def _projects_means(self, use_causal_mask):
-        """Whether keys and values are better projected once means are taken of them, and can be."""
+    def _projects_means(self, sizes, use_causal_mask):
+        """Whether keys and values are better projected once means are taken of them, and can be.
+
+        `sizes` are those of the axes that keys run over.
+        """
         if use_causal_mask or self._is_overridden():
             return False
         training_sets = [one for _, one in self.primal.training_set.groups(self._num_heads)]
-        return any(one.takes_means for one in training_sets) and all(
+        if not any(one.takes_means for one in training_sets):
+            return False
+        denses = self._key_dense, self._value_dense
+        return all(
             projections.is_plain(dense, self.compute_dtype)
-            for dense in (self._key_dense, self._value_dense)
+            and projections.is_better_late(dense, sizes)
+            for dense in denses
         )
 
     def _is_overridden(self):

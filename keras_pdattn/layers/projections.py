@@ -1,8 +1,10 @@
 """The projections of an attention layer, at the cost of their formula alone."""
 
-import keras
-from keras import ops
+import math
 
+import keras
+
+from keras_pdattn.ops import native
 from keras_pdattn.ops.projection import Projection
 
 
@@ -16,10 +18,10 @@ def project(dense, x, compute_dtype):
 
 def projection(dense):
     """What a plain `dense` computes."""
-    bias = None if dense.bias is None else ops.convert_to_tensor(dense.bias)
     inputs, kernel = dense.equation.split("->")[0].split(",")
     num_widths = len(set(inputs) & set(kernel))
-    return Projection(ops.convert_to_tensor(dense.kernel), bias, num_widths)
+    bias = None if dense.bias is None else native.value(dense.bias)
+    return Projection(native.value(dense.kernel), bias, num_widths)
 
 
 def is_plain(dense, compute_dtype):
@@ -37,6 +39,23 @@ def is_plain(dense, compute_dtype):
         and not any(getattr(dense, name, None) for name in ("_remat_mode", *_TORCH_HOOKS))
         and keras.distribution.distribution() is None
     )
+
+
+#: The least number of keys that torch is faster at projecting once means are taken of them, as
+#: many operations more as there are groups of heads.
+LEAST_LATE = 2048
+
+
+def is_better_late(dense, sizes):
+    """Whether means of inputs, that run over axes of these sizes, are better projected than they.
+
+    Compiled, it is fewer products. Run eagerly on torch it also is more operations, which short
+    sequences and all on a GPU wait for.
+    """
+    is_known = all(isinstance(size, int) for size in sizes)
+    if not (native.IS_TORCH and is_known):
+        return True
+    return math.prod(sizes) >= LEAST_LATE and not native.value(dense.kernel).is_cuda
 
 
 _TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -119,10 +119,10 @@ class Examples:
         """The keys themselves, which every training set is made from."""
         limit = None
         if is_causal:
-            limit = ops.arange(query_length, dtype="int32") + 1
+            limit = ops.arange(1, query_length + 1, dtype="int32")
             if query_start is not None:
-                limit = ops.maximum(limit + query_start, 0)
-            limit = ops.minimum(limit, ops.shape(key)[1])
+                limit = native.at_least(limit + query_start, 0)
+            limit = native.at_most(limit, ops.shape(key)[1])
         is_triangular = is_causal and query_start is None
         attributes.update(limit=limit, is_triangular=is_triangular, query_start=query_start)
         return cls(key, value, **attributes)
@@ -188,14 +188,14 @@ class Examples:
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T, M)`: which query sees which example; or `None`."""
-        seen = self._restrictions()
+        seen = self.restrictions()
         if self.is_causal:
             earlier = ops.arange(ops.shape(self.key)[1], dtype="int32") < append_axes(self.limit, 1)
             earlier = ops.expand_dims(earlier, axis=(0, 1) if len(earlier.shape) == 2 else 1)
             seen = masks.intersect(seen, earlier)
         return seen
 
-    def _restrictions(self):
+    def restrictions(self):
         """`visibility()` but for causality."""
         padding = None if self.mask is None else ops.expand_dims(self.mask, axis=(1, 2))
         near = None if self.window is None else self.window.visibility()
@@ -260,7 +260,7 @@ class Examples:
 
     def kernel_mask(self):
         """`visibility()` less what an `is_triangular` flag says already."""
-        return self._restrictions() if self.is_triangular else self.visibility()
+        return self.restrictions() if self.is_triangular else self.visibility()
 
     def sighted(self):
         """Boolean broadcastable to `(B, H, T)`: which queries see any example; `None` if all do.

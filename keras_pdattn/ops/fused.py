@@ -7,8 +7,8 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import accumulator, cast, is_double, widen
-from keras_pdattn.ops.indexing import append, fit_axis, lead_with_zero
+from keras_pdattn.ops.dtypes import accumulator, cast, is_double
+from keras_pdattn.ops.indexing import fit_axis, lead_with_zero
 from keras_pdattn.ops.kernels import for_products, in_output_layout
 
 #: How many causal queries share a block, where the kernel wants a mask of theirs.
@@ -25,7 +25,7 @@ def can_fuse(examples):
     """Whether the kernel takes such examples, and keeps their dtype."""
     if is_double(examples.value.dtype):
         return False
-    if native.IS_TORCH:
+    if native.IS_TORCH or _sees_all_before(examples):
         return True
     has_one_depth = examples.key.shape[-1] == examples.value.shape[-1]
     return examples.own is None and (has_one_depth or keras.backend.backend() != "jax")
@@ -55,6 +55,8 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     Returns:
         The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
     """
+    if _sees_all_before(examples):
+        return _attend_with_own(query, examples, scale)
     if examples.is_causal and _takes_masks_for_causality(flash_attention, examples):
         return _in_causal_blocks(query, examples, scale)
     mask, is_causal = examples.kernel_mask(), examples.is_triangular
@@ -102,41 +104,70 @@ def _attend_block(query, examples, block, scale):
     return _attend(query, examples, examples.visibility(), examples.sighted(), scale)
 
 
-def _attend_with_own(query, examples, scale):
-    """Each query's own example as one key for all, whose score is a feature of the query.
+def _sees_all_before(examples):
+    """Whether there are own examples, and each query sees its own and all others before it."""
+    own = examples.own
+    return own is not None and own.visibility() is None and examples.restrictions() is None
 
-    Its value is zero. A column of ones tells what weight the others have; the rest is the
-    weight of the own value.
+
+def _attend_with_own(query, examples, scale):
+    """Each query's own example as one more key, the same for all, whose score is zero.
+
+    The other scores are less that of the own example, which features of the query take off: no
+    softmax notices. The one more value is zero, and a column of ones tells what weight the others
+    have; the rest is the weight of the own value.
     """
     own, depth = examples.own, examples.value.shape[-1]
-    score = ops.sum(widen(query) * widen(own.key), axis=-1, keepdims=True)
+    score = ops.sum(native.widened(query) * native.widened(own.key), axis=-1, keepdims=True)
     # In two numbers, as 16 bits would round one off.
     high = cast(score, query.dtype)
-    low = cast(score - widen(high), query.dtype)
-    query = ops.concatenate([query, high, low], axis=-1)
-    own_key = _append(ops.zeros_like(examples.key[:, :1]), [1.0, 1.0])
-    key = ops.concatenate([own_key, _append(examples.key, [0.0, 0.0])], axis=1)
-    value = lead_with_zero(_append(examples.value, [1.0]))
-    width = -(-max(key.shape[-1], value.shape[-1]) // ALIGNMENT) * ALIGNMENT
-    query, key, value = (fit_axis(x, 3, width) for x in (query, key, value))
-    mask = _lead_with_own(examples.visibility(), own.visibility())
+    low = cast(score - native.widened(high), query.dtype)
+    width = -(-(max(query.shape[-1], depth) + 2) // ALIGNMENT) * ALIGNMENT
+    rest = ops.zeros_like(query[..., : width - query.shape[-1] - 2])
+    query = ops.concatenate([query, -high, -low, rest], axis=-1)
+    key, value = (
+        lead_with_zero(fit_axis(x, 3, width, fill=1)) for x in (examples.key, examples.value)
+    )
     with_own = dataclasses.replace(examples, key=key, value=value)
-    output = _attend(query, with_own, mask, _sees_any(examples), scale)
+    if _sees_all_before(examples):
+        output = _attend_by_place(query, with_own, scale)
+    else:
+        mask = _lead_with_own(examples.visibility(), own.visibility())
+        output = _attend(query, with_own, mask, _sees_any(examples), scale)
     others, weight = output[..., :depth], 1.0 - output[..., depth : depth + 1]
     if own.visibility() is not None:
         weight = ops.where(in_output_layout(own.visibility()), weight, 0.0)
     return others + weight * own.value
 
 
+def _attend_by_place(query, examples, scale):
+    """The queries at one place of their windows as heads of their own, the own example leading.
+
+    The first of these sees that alone, the next one also the first window, and so on: what
+    kernels know as causal, with no mask and half of the products.
+    """
+    batch, length, num_heads, width = ops.shape(query)
+    stride = examples.stride
+    num_windows = (length + stride - 1) // stride
+    by_place = (batch, num_windows, stride * num_heads)
+
+    def of_each_place(x):
+        x = ops.expand_dims(fit_axis(x, 1, num_windows), axis=2)
+        x = ops.broadcast_to(x, (batch, num_windows, stride, num_heads, width))
+        return native.reshape(x, (*by_place, width))
+
+    query = native.reshape(fit_axis(query, 1, num_windows * stride), (*by_place, width))
+    examples = dataclasses.replace(
+        examples, key=of_each_place(examples.key), value=of_each_place(examples.value)
+    )
+    output = _attend(query, examples, None, None, scale, is_causal=True)
+    return native.reshape(output, (batch, num_windows * stride, num_heads, width))[:, :length]
+
+
 def _sees_any(examples):
     """`sighted()` of examples and own ones."""
     own_mask, sighted = examples.own.visibility(), examples.sighted()
     return None if own_mask is None or sighted is None else ops.logical_or(sighted, own_mask)
-
-
-def _append(x, features):
-    """Appends features, a list of numbers, to the last axis of `x`."""
-    return append(x, ops.convert_to_tensor(features, dtype=x.dtype), axis=-1)
 
 
 def _lead_with_own(mask, own_mask):

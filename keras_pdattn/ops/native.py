@@ -6,6 +6,8 @@ import itertools
 import keras
 from keras import ops
 
+from keras_pdattn.ops.dtypes import cast, widen
+
 IS_TORCH = keras.backend.backend() == "torch"
 IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
 if IS_TORCH:
@@ -33,6 +35,13 @@ def linear(x, kernel, bias=None, num_widths=1):
     return x if bias is None else x + bias
 
 
+def value(weight):
+    """The tensor of a weight, on torch at half the time of `ops.convert_to_tensor`."""
+    if IS_TORCH and isinstance(weight, keras.Variable):
+        return weight.value
+    return ops.convert_to_tensor(weight)
+
+
 def reshape(x, shape):
     """`ops.reshape`, which checks for symbolic tensors at ten times the cost of torch's own."""
     return x.reshape(shape) if IS_TORCH else ops.reshape(x, shape)
@@ -48,6 +57,19 @@ def split(x, sizes, axis):
     if IS_TORCH:
         return x.split(sizes, axis)
     return ops.split(x, list(itertools.accumulate(sizes[:-1])), axis=axis)
+
+
+def mean(x, axis, dtype, keepdims=False):
+    """The mean of `x` along an axis, of known size, that is added up in `dtype` and given in it."""
+    if IS_TORCH:
+        return torch_native.mean(x, axis, dtype, keepdims)
+    # Not `ops.mean`, which computes float64 in float32 on some backends.
+    return ops.sum(cast(x, dtype), axis=axis, keepdims=keepdims) / max(x.shape[axis], 1)
+
+
+def widened(x):
+    """`x` in its accumulator dtype, for operators with others in that: torch widens in these."""
+    return x if IS_TORCH else widen(x)
 
 
 def take(x, index, axis):
@@ -89,6 +111,16 @@ def softmax_attention(query, key, value, mask, scale, is_causal, flash_attention
         is_causal=is_causal,
         flash_attention=flash_attention,
     )
+
+
+def at_least(x, least):
+    """`ops.maximum` with a number, which torch would first bring to where `x` is."""
+    return x.clamp(min=least) if IS_TORCH else ops.maximum(x, least)
+
+
+def at_most(x, most):
+    """`ops.minimum` with a number, as `at_least`."""
+    return x.clamp(max=most) if IS_TORCH else ops.minimum(x, most)
 
 
 def largest(x, axis, keepdims=False):

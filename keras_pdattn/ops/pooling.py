@@ -57,15 +57,18 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
     if not keys.is_causal:
         return pooled
     steps = windows.steps(query_length)
+    own_key, own_value = (
+        windows.reach(x, steps) for x in windows.running_means(keys.key, keys.value)
+    )
     own = OwnExample(
-        key=windows.reach(windows.running_mean(keys.key), steps),
-        value=cast(windows.reach(windows.running_mean(keys.value), steps), keys.value.dtype),
+        key=own_key,
+        value=cast(own_value, keys.value.dtype),
         mask=windows.has_members(steps, query_length, keys.mask is not None),
         visible=None if visible is None else windows.whole_so_far(visible, steps),
     )
     return dataclasses.replace(
         pooled,
-        limit=ops.minimum(ops.maximum(steps, 0) // scale, windows.num_windows),
+        limit=native.at_most(native.at_least(steps, 0) // scale, windows.num_windows),
         stride=scale,
         start=windows.start,
         own=own,
@@ -122,7 +125,7 @@ class Windows:
         num_steps = math.prod(counts) * window_size
         known = length, accumulator(keys.key.dtype)
         if keys.grid is None and keys.mask is None:
-            windows = cls(window_size, num_steps, None, *known)
+            windows = cls(window_size, num_steps, None, *known, query_start=keys.query_start)
         else:
             starts = _first_coordinates(keys)
             position, inside = _positions(num_steps, sizes, counts, scale, starts)
@@ -137,10 +140,11 @@ class Windows:
                 None if keys.grid is not None else ops.squeeze(starts[0], axis=1),
                 position,
                 _steps(length, sizes, counts, scale, starts),
+                keys.query_start,
             )
-        windows = dataclasses.replace(windows, query_start=keys.query_start)
         if reduction == "first":
-            is_first = windows.member * ops.cast(windows.running_counts() == 1, windows.dtype)
+            is_first = ops.cast(windows.running_counts() == 1, windows.dtype)
+            is_first = join_axes(windows.split(windows.member) * is_first, 1)
             windows = dataclasses.replace(windows, is_member=is_first > 0)
         return windows
 
@@ -183,36 +187,38 @@ class Windows:
         return ops.sum(self.split(self.member), axis=2)
 
     def running_counts(self):
-        """The number of members of its window up to each step, `(B or 1, M * size)`."""
-        if self.has_all_keys:
-            step = ops.arange(self.num_steps, dtype="int32")
-            counts = ops.minimum(step, self.length - 1) - step // self.size * self.size + 1
-            return ops.cast(ops.expand_dims(counts, axis=0), self.dtype)
-        return join_axes(cumulative_sum(self.split(self.member), axis=2), 1)
+        """The number of members up to each step of each window, `(B or 1, M or 1, size)`."""
+        if not self.has_all_keys:
+            return cumulative_sum(self.split(self.member), axis=2)
+        counts = ops.reshape(ops.arange(1, self.size + 1, dtype=self.dtype), (1, 1, self.size))
+        if isinstance(self.length, int) and self.length % self.size == 0:
+            return counts
+        first = ops.arange(self.num_windows, dtype="int32") * self.size
+        left = ops.cast(ops.reshape(self.length - first, (1, -1, 1)), self.dtype)
+        return ops.minimum(counts, left)
 
     def mean(self, x):
         """The mean of each window's members; `(B, S, H, D)` to `(B, M, H, D)`."""
         if self.has_all_keys and isinstance(self.length, int):
-            return self._mean_of_all(cast(x, self.dtype))
+            return self._mean_of_all(x)
         total = ops.sum(self.split(self._members(x)), axis=2)
-        return total / append_axes(ops.maximum(self.counts(), 1), 2)
+        return total / append_axes(native.at_least(self.counts(), 1), 2)
 
     def _mean_of_all(self, x):
         """`mean`, with nothing to fill up the last window and nothing to leave out."""
-        rest = self.length % self.size
-        whole = self.length - rest
-        if not whole:
-            return ops.sum(x, axis=1, keepdims=True) / rest
-        mean = ops.sum(self.split(x[:, :whole]), axis=2) / self.size
-        if not rest:
-            return mean
-        last = ops.sum(x[:, whole:], axis=1, keepdims=True) / rest
-        return ops.concatenate([mean, last], axis=1)
+        whole = self.length - self.length % self.size
+        means = []
+        if whole:
+            means.append(native.mean(self.split(x[:, :whole]), 2, self.dtype))
+        if whole < self.length:
+            means.append(native.mean(x[:, whole:], 1, self.dtype, keepdims=True))
+        return means[0] if len(means) == 1 else ops.concatenate(means, axis=1)
 
-    def running_mean(self, x):
-        """The mean of its window's members up to each step; from `(B, S, H, D)`, by step."""
-        total = join_axes(cumulative_sum(self.split(self._members(x)), axis=2), 1)
-        return total / append_axes(ops.maximum(self.running_counts(), 1), 2)
+    def running_means(self, *tensors):
+        """The means of its window's members up to each step; from `(B, S, H, D)`, by step."""
+        counts = append_axes(native.at_least(self.running_counts(), 1), 2)
+        totals = (cumulative_sum(self.split(self._members(x)), axis=2) for x in tensors)
+        return [join_axes(total / counts, 1) for total in totals]
 
     def _members(self, x):
         """`x` by step, wide enough to be summed, zero where it is no member."""
@@ -233,12 +239,12 @@ class Windows:
         if begins_there and _is_at_most(steps.shape[0], self.num_steps):
             return x[:, : steps.shape[0]]
         last = self.num_steps - 1
-        return take_along_time(x, ops.minimum(ops.maximum(steps, 0), last))
+        return take_along_time(x, native.at_most(native.at_least(steps, 0), last))
 
     def has_members(self, steps, query_length, is_padded):
         """Whether its own window so far has members, `(B or 1, T)`; `None` if all have."""
         if is_padded:
-            some = self.reach(self.running_counts() > 0, steps)
+            some = self.reach(join_axes(self.running_counts(), 1) > 0, steps)
             return some & (steps >= 0) & (steps < self.num_steps)
         if self.query_start is None and _is_at_most(query_length, self.num_steps):
             return None
@@ -266,14 +272,14 @@ class Windows:
 
     def spread(self, weights):
         """Shares each window's weight among its members; `(B, H, T, M)` to `(B, H, T, S)`."""
-        share = weights / ops.expand_dims(ops.maximum(self.counts(), 1), axis=(1, 2))
+        share = weights / ops.expand_dims(native.at_least(self.counts(), 1), axis=(1, 2))
         share = ops.repeat(share, self.size, axis=-1)
         return self._by_key(share * ops.expand_dims(self.member, axis=(1, 2)))
 
     def spread_own(self, weights, steps):
         """Shares the weight of each query's own window so far; `(B, H, T)` to `(B, H, T, S)`."""
         share = self.own_members(steps)
-        share = share / ops.maximum(ops.sum(share, axis=-1, keepdims=True), 1)
+        share = share / native.at_least(ops.sum(share, axis=-1, keepdims=True), 1)
         return self._by_key(ops.expand_dims(weights, axis=-1) * ops.expand_dims(share, axis=1))
 
     def _by_key(self, x):
@@ -281,7 +287,7 @@ class Windows:
         if self.step is None:
             return x[..., : self.length]
         known = ops.expand_dims(self.step >= 0, axis=(1, 2) if len(self.step.shape) == 2 else (0,))
-        return ops.where(known, _take_along_last(x, ops.maximum(self.step, 0)), 0.0)
+        return ops.where(known, _take_along_last(x, native.at_least(self.step, 0)), 0.0)
 
 
 def _is_at_most(length, other):

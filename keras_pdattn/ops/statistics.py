@@ -6,7 +6,8 @@ numbers: keys whose mean is many times their spread keep their variance.
 
 from keras import ops
 
-from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops import native
+from keras_pdattn.ops.dtypes import accumulator, widen
 from keras_pdattn.ops.indexing import append_axes, first_valid, lead_with_zero, take_along_time
 from keras_pdattn.ops.sums import cumulative_sum
 
@@ -21,15 +22,14 @@ def mean(x, mask=None):
     Returns:
         Tensor `(batch, 1, heads, depth)`, zero where `mask` leaves nothing.
     """
+    if mask is None and isinstance(x.shape[1], int):
+        return native.mean(x, 1, accumulator(x.dtype), keepdims=True)
     x = widen(x)
     if mask is not None:
         weight = append_axes(ops.cast(mask, x.dtype), 2)
-        x, count = x * weight, ops.maximum(ops.sum(weight, axis=1, keepdims=True), 1)
-    elif isinstance(x.shape[1], int):
-        count = max(x.shape[1], 1)
+        x, count = x * weight, native.at_least(ops.sum(weight, axis=1, keepdims=True), 1)
     else:
         count = ops.cast(ops.maximum(ops.shape(x)[1], 1), x.dtype)
-    # Not `ops.mean`, which computes float64 in float32 on some backends.
     return ops.sum(x, axis=1, keepdims=True) / count
 
 
@@ -67,12 +67,15 @@ def prefix_moments(x, limit, mask=None):
         `(batch, queries, heads, depth)`; variance is `squares / count`.
     """
     x = widen(x)
-    weight = ops.ones_like(x[:1, :, 0, 0]) if mask is None else ops.cast(mask, x.dtype)
-    weight = append_axes(weight, 2)
-    count = cumulative_sum(weight, axis=1)
-    mean = cumulative_sum(x if mask is None else x * weight, axis=1) / ops.maximum(count, 1)
+    if mask is None:
+        count = ops.reshape(ops.arange(1, ops.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
+        weight, total = 1, cumulative_sum(x, axis=1)
+    else:
+        weight = append_axes(ops.cast(mask, x.dtype), 2)
+        count, total = cumulative_sum(weight, axis=1), cumulative_sum(x * weight, axis=1)
+    mean = total / native.at_least(count, 1)
     # From the mean that takes an example in; the first is its own mean.
-    share = weight * count / ops.maximum(count - 1, 1)
+    share = weight * count / native.at_least(count - 1, 1)
     squares = cumulative_sum(share * ops.square(x - mean), axis=1)
     moments = count, mean, squares
     if limit is None:
@@ -92,6 +95,6 @@ def append_example(moments_before, x, mask=None):
     x = widen(x)
     weight = ops.ones_like(count) if mask is None else append_axes(ops.cast(mask, x.dtype), 2)
     total = count + weight
-    share = weight / ops.maximum(total, 1)
+    share = weight / native.at_least(total, 1)
     deviation = x - mean
     return total, mean + share * deviation, squares + count * share * ops.square(deviation)

@@ -17,6 +17,10 @@ def linear(x, kernel, bias, num_widths):
     return x.reshape((*x.shape[:-1], *kernel.shape[num_widths:]))
 
 
+def mean(x, axis, dtype, keepdims):
+    return x.mean(axis, keepdims, dtype=getattr(torch, dtype))
+
+
 def take(x, index, axis):
     return x.index_select(axis, index)
 
@@ -36,7 +40,9 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
 
     Takes a mask or causality, not both.
     """
-    dtype = functools.reduce(torch.promote_types, (x.dtype for x in (query, key, value)))
+    dtype = query.dtype
+    if not dtype == key.dtype == value.dtype:
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (query, key, value)))
     if mask is not None:
         # Not `-inf`, of which a row that sees nothing would make NaN.
         hidden = max(NOTHING, torch.finfo(dtype).min / 2)
