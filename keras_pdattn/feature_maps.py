@@ -61,6 +61,9 @@ class FeatureMap(descriptions.WeightedMember):
     #: Whether there are `features` to work with.
     is_finite = True
 
+    #: Whether `attend_to_groups` may be faster here than `attend` for each group of heads.
+    attends_to_groups = False
+
     def features(self, x, weights):
         r"""Returns \(\Phi(x)\).
 
@@ -254,6 +257,24 @@ class Softmax(FeatureMap):
             return attend(query, examples), None, None
         query = widen(query) * scale
         return dual_attention(query, examples, self.weigh, dropout, return_weights, form)
+
+    @property
+    def attends_to_groups(self):
+        return fused.has_kernel_for_groups()
+
+    def attend_to_groups(self, queries, examples):
+        """The outputs of groups of heads, each with examples of its own, by one kernel.
+
+        Args:
+            queries: list of tensors `(batch, queries, heads, depth)`.
+            examples: list of `ops.examples.Examples`, transformed.
+
+        Returns:
+            List of tensors `(batch, queries, heads, value_depth)`, or `None` where no kernel
+            takes these together.
+        """
+        scale = queries[0].shape[-1] ** -0.5
+        return fused.fused_attention_of_groups(queries, examples, scale)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

@@ -2,11 +2,12 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from keras import ops
 
 from keras_pdattn import validation
-from keras_pdattn.ops import checks, masks
+from keras_pdattn.ops import checks, masks, native
 from keras_pdattn.ops.dropout import Dropout
 from keras_pdattn.ops.dtypes import cast
 from keras_pdattn.ops.examples import Examples, Queries
@@ -141,7 +142,7 @@ def attention(
     checks.check_grids(query.shape[1], key.shape[1], query_grid, key_grid)
     query_start = checks.query_start(query_start, query_grid)
     primal.check_call(1 if key_grid is None else len(key_grid), is_causal)
-    num_heads, query_length = int(query.shape[2]), ops.shape(query)[1]
+    num_heads, query_length = int(query.shape[2]), native.shape(query)[1]
     groups = primal.training_set.groups(num_heads)
     if 0 in (query.shape[0], query.shape[1], key.shape[1]):
         depth = value.shape[3] if projections is None else projections[1].kernel.shape[2]
@@ -170,31 +171,30 @@ def attention(
         visible=mask,
         grid=key_grid,
         projections=projections,
+        awaits_transform=bool(primal.transform),
     )
     sizes = head_counts(groups)
-    outputs, scores = [], []
+    problems = []
     parts = zip(groups, queries.split(sizes), keys.split(sizes))
     for group, ((heads, training_set), its_queries, its_keys) in enumerate(parts):
         if is_causal or not training_set.takes_means:
             its_keys = its_keys.projected()
         if sliding_window is not None:
             training_set, its_keys = _within(sliding_window, training_set, its_keys, queries)
-        solve = functools.partial(
-            _solve,
-            primal=primal,
-            training_set=training_set,
-            weights=weights_of_heads(weights, heads),
-            return_scores=return_scores,
-            flash_attention=flash_attention,
-            form=form,
+        problems.append(
+            _Problem(
+                primal,
+                training_set,
+                weights_of_heads(weights, heads),
+                its_queries,
+                its_keys,
+                Dropout(dropout, seed, group) if dropout > 0 else None,
+                return_scores,
+                flash_attention,
+                form,
+            )
         )
-        if is_causal and not has_causal_form(primal, training_set, key_grid):
-            is_pointwise = all(transform.is_pointwise for transform in primal.transform)
-            solve = functools.partial(prefix_by_prefix, solve, is_pointwise=is_pointwise)
-        drop = Dropout(dropout, seed, group) if dropout > 0 else None
-        output, group_scores = solve(its_queries, its_keys, dropout=drop)
-        outputs.append(output)
-        scores.append(group_scores)
+    outputs, scores = zip(*_solve_all(problems))
     output = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=2)
     if query_mask is not None:
         rows = ops.expand_dims(query_mask, axis=1)
@@ -233,27 +233,79 @@ def _is_shift_invariant_after(primal, index):
     return primal.feature_map.shift_invariant and index == len(primal.transform) - 1
 
 
-def _solve(
-    queries,
-    keys,
-    primal,
-    training_set,
-    weights,
-    dropout,
-    return_scores,
-    flash_attention,
-    form,
-):
-    """Solves the problem of one group of heads; returns output and scores (or `None`)."""
-    examples = training_set.select(keys, queries).projected()
-    queries, transformed = transform(primal, queries, examples, weights)
-    query = queries.asked_for()
-    transformed = transformed.with_keys(functools.partial(cast, dtype=query.dtype))
-    output, example_weights, own_weights = primal.feature_map.attend(
-        query, transformed, weights[-1], dropout, return_scores, flash_attention, form
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Problem:
+    """The problem of a group of heads, and how it is to be solved."""
+
+    primal: Any
+    training_set: Any
+    weights: Any
+    queries: Queries
+    keys: Examples
+    dropout: Any = None
+    return_scores: bool = False
+    flash_attention: bool | None = None
+    form: str | None = None
+
+    @property
+    def needs_prefixes(self):
+        """Whether each causal query has to be solved on its own."""
+        keys = self.keys
+        return keys.is_causal and not has_causal_form(self.primal, self.training_set, keys.grid)
+
+    @property
+    def asks_for_weights(self):
+        """Whether more is asked for than the output, by whatever way there is to it."""
+        asked = self.return_scores, self.flash_attention, self.form, self.dropout
+        return any(one not in (None, False) for one in asked)
+
+    def state(self):
+        """The queries, what they are fitted on, and that transformed."""
+        examples = self.training_set.select(self.keys, self.queries).projected()
+        queries, transformed = transform(self.primal, self.queries, examples, self.weights)
+        query = queries.asked_for()
+        return query, examples, transformed.with_keys(functools.partial(cast, dtype=query.dtype))
+
+    def attend(self, query, examples, transformed):
+        """Output, and scores or `None`, of what `state` returns."""
+        output, example_weights, own_weights = self.primal.feature_map.attend(
+            query,
+            transformed,
+            self.weights[-1],
+            self.dropout,
+            self.return_scores,
+            self.flash_attention,
+            self.form,
+        )
+        scores = examples.spread(example_weights, own_weights) if self.return_scores else None
+        return output, scores
+
+    def solve(self):
+        """Output, and scores or `None`."""
+        if not self.needs_prefixes:
+            return self.attend(*self.state())
+
+        def solve(queries, keys, dropout):
+            changes = {"queries": queries, "keys": keys, "dropout": dropout}
+            return dataclasses.replace(self, **changes).solve()
+
+        is_pointwise = all(transform.is_pointwise for transform in self.primal.transform)
+        return prefix_by_prefix(solve, self.queries, self.keys, self.dropout, is_pointwise)
+
+
+def _solve_all(problems):
+    """Output, and scores or `None`, of each problem."""
+    first = problems[0]
+    is_one_by_one = len(problems) == 1 or any(problem.needs_prefixes for problem in problems)
+    if is_one_by_one or first.asks_for_weights or not first.primal.feature_map.attends_to_groups:
+        return [problem.solve() for problem in problems]
+    stated = [problem.state() for problem in problems]
+    outputs = first.primal.feature_map.attend_to_groups(
+        [query for query, _, _ in stated], [transformed for _, _, transformed in stated]
     )
-    scores = examples.spread(example_weights, own_weights) if return_scores else None
-    return output, scores
+    if outputs is None:
+        return [problem.attend(*state) for problem, state in zip(problems, stated)]
+    return [(output, None) for output in outputs]
 
 
 def transform(primal, queries, examples, weights, exactly=False):
@@ -281,9 +333,9 @@ def transform(primal, queries, examples, weights, exactly=False):
 
 def _nothing_to_see(query, value, depth, return_scores):
     """The output, and scores, where there is no query or no key."""
-    batch, length, num_heads, _ = ops.shape(query)
+    batch, length, num_heads, _ = native.shape(query)
     output = ops.zeros((batch, length, num_heads, depth), dtype=value.dtype)
-    scores = ops.zeros((batch, num_heads, length, ops.shape(value)[1]), dtype=value.dtype)
+    scores = ops.zeros((batch, num_heads, length, native.shape(value)[1]), dtype=value.dtype)
     return (output, scores) if return_scores else output
 
 

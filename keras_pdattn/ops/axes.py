@@ -5,7 +5,7 @@ import math
 
 from keras import ops
 
-from keras_pdattn.ops import masks
+from keras_pdattn.ops import masks, native
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class AttendedAxes:
         """Sizes of the attended axes of `x`, `(batch, ..., heads, depth)`; `None` for one."""
         if len(self.attended) == 1:
             return None
-        shape = ops.shape(x)
+        shape = native.shape(x)
         return tuple(shape[axis] for axis in self.attended)
 
     def to_sequence(self, x):
@@ -45,7 +45,7 @@ class AttendedAxes:
         inner = 1 + len(self.free) + len(self.attended)
         order = (0,) + self.free + self.attended + tuple(range(inner, len(x.shape)))
         x = ops.transpose(x, order)
-        shape = ops.shape(x)
+        shape = native.shape(x)
         batch, time = shape[: 1 + len(self.free)], shape[1 + len(self.free) : inner]
         return ops.reshape(x, (math.prod(batch), math.prod(time)) + tuple(shape[inner:]))
 
@@ -54,8 +54,8 @@ class AttendedAxes:
         if self.is_plain:
             return x
         outer = (0,) + self.free + self.attended
-        shape = ops.shape(like)
-        x = ops.reshape(x, tuple(shape[axis] for axis in outer) + tuple(ops.shape(x)[2:]))
+        shape = native.shape(like)
+        x = ops.reshape(x, tuple(shape[axis] for axis in outer) + tuple(native.shape(x)[2:]))
         order = [outer.index(axis) for axis in range(len(outer))]
         return ops.transpose(x, order + list(range(len(outer), len(x.shape))))
 
@@ -71,7 +71,7 @@ class AttendedAxes:
         if self.free and masks.fits(mask.shape, attended, exactly=True):
             for axis in self.free:
                 mask = ops.expand_dims(mask, axis=axis)
-            mask = ops.broadcast_to(mask, ops.shape(x)[:-1])
+            mask = ops.broadcast_to(mask, native.shape(x)[:-1])
         elif not masks.fits(mask.shape, full, exactly=True):
             raise ValueError(
                 f"`{name}` must have the shape of what it masks without its features. Received: "
@@ -112,9 +112,9 @@ class AttendedAxes:
             )
         if self.is_plain:
             return mask
-        queries, keys = ops.shape(query), ops.shape(value)
+        queries, keys = native.shape(query), native.shape(value)
         time = [queries[axis] for axis in self.attended] + [keys[axis] for axis in self.attended]
-        shape = ops.shape(mask)
+        shape = native.shape(mask)
         batch, heads = [1] * (lead - 1), shape[lead - 1]
         if tuple(mask.shape[: lead - 1]) != tuple(batch):
             batch = [queries[0]] + [queries[axis] for axis in self.free]
@@ -128,6 +128,6 @@ class AttendedAxes:
         """Turns `(batch * free, heads, queries, keys)` back into the axes of the inputs."""
         if self.is_plain:
             return scores
-        queries, keys = ops.shape(query), ops.shape(value)
-        shape = self.scores_shape(queries, keys, ops.shape(scores)[1])
+        queries, keys = native.shape(query), native.shape(value)
+        shape = self.scores_shape(queries, keys, native.shape(scores)[1])
         return ops.reshape(scores, shape)

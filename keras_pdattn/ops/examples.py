@@ -40,7 +40,7 @@ class Queries:
     def _index(self):
         """Which of `x` are asked for, `(T,)` or `(B, 1)`."""
         if self.end is None:
-            return ops.arange(ops.shape(self.x)[1], dtype="int32")
+            return ops.arange(native.shape(self.x)[1], dtype="int32")
         return ops.expand_dims(self.end, axis=-1)
 
     def split(self, sizes):
@@ -95,6 +95,8 @@ class Examples:
         projections: a pair of `Projection`, for keys and for values, where `key` and
             `value` are inputs `(B, M, 1, width)` that are yet to be projected; or
             `None`.
+        awaits_transform: whether keys are yet to be transformed, which may take a large
+            mean off them: sums of them stay in float32 until then.
     """
 
     key: Any
@@ -113,6 +115,7 @@ class Examples:
     spread: Callable = lambda weights, own_weights: weights
     log_scale: Any = None
     projections: Any = None
+    awaits_transform: bool = True
 
     @classmethod
     def keys(cls, key, value, query_length, is_causal=False, query_start=None, **attributes):
@@ -122,7 +125,7 @@ class Examples:
             limit = ops.arange(1, query_length + 1, dtype="int32")
             if query_start is not None:
                 limit = native.at_least(limit + query_start, 0)
-            limit = native.at_most(limit, ops.shape(key)[1])
+            limit = native.at_most(limit, native.shape(key)[1])
         is_triangular = is_causal and query_start is None
         attributes.update(limit=limit, is_triangular=is_triangular, query_start=query_start)
         return cls(key, value, **attributes)
@@ -190,7 +193,9 @@ class Examples:
         """Boolean broadcastable to `(B, H, T, M)`: which query sees which example; or `None`."""
         seen = self.restrictions()
         if self.is_causal:
-            earlier = ops.arange(ops.shape(self.key)[1], dtype="int32") < append_axes(self.limit, 1)
+            earlier = ops.arange(native.shape(self.key)[1], dtype="int32") < append_axes(
+                self.limit, 1
+            )
             earlier = ops.expand_dims(earlier, axis=(0, 1) if len(earlier.shape) == 2 else 1)
             seen = masks.intersect(seen, earlier)
         return seen

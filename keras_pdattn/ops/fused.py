@@ -1,6 +1,8 @@
 """Softmax attention by the backend's own kernel, the weights never written down."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import keras
 import numpy as np
@@ -8,7 +10,7 @@ from keras import ops
 
 from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import accumulator, cast, is_double
-from keras_pdattn.ops.indexing import fit_axis, lead_with_zero
+from keras_pdattn.ops.indexing import fit_axis, lead_with_zero, swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, in_output_layout
 
 #: How many causal queries share a block, where the kernel wants a mask of theirs.
@@ -19,6 +21,8 @@ CAUSAL_BLOCK_ON_GPU = 8192
 LEAST_WITH_OWN = 512
 #: Kernels want depths that are multiples of this.
 ALIGNMENT = 8
+#: How many times as many queries, or examples, groups of heads may be filled up to for one kernel.
+MOST_FILLING = 4
 
 
 def can_fuse(examples):
@@ -56,11 +60,45 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
         The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
     """
     if _sees_all_before(examples):
-        return _attend_with_own(query, examples, scale)
+        return _Call.of(query, examples).answer(scale)
     if examples.is_causal and _takes_masks_for_causality(flash_attention, examples):
         return _in_causal_blocks(query, examples, scale)
     mask, is_causal = examples.kernel_mask(), examples.is_triangular
     return _attend(query, examples, mask, examples.sighted(), scale, is_causal, flash_attention)
+
+
+def has_kernel_for_groups():
+    """Whether the backend has a kernel that takes groups of heads with other numbers of examples.
+
+    JAX runs one kernel after the other, each of which leaves most of a GPU idle if sequences are
+    short.
+    """
+    return native.jax_runs_on_gpu()
+
+
+def fused_attention_of_groups(queries, examples, scale):
+    """Softmax attention of groups of heads by one call of the backend's kernel.
+
+    Args:
+        queries: list of tensors `(B, T, H, D)`, of which only H differs.
+        examples: list of `Examples`, one for each group.
+        scale: factor on the products of queries and keys.
+
+    Returns:
+        List of outputs, `(B, T, H, Dv)`; `None` where no kernel takes these together.
+    """
+    if any(map(_is_restricted, examples)):
+        return None
+    calls = [_Call.of(*group) for group in zip(queries, examples)]
+    return _answer_together(calls, scale) if _fit_together(calls) else None
+
+
+def _is_restricted(examples):
+    """Whether more than causality, in a form that kernels know, limits queries."""
+    if examples.own is None and examples.is_causal and not examples.is_triangular:
+        return True
+    is_own_hidden = examples.own is not None and examples.own.visibility() is not None
+    return is_own_hidden or examples.restrictions() is not None
 
 
 def _attend(query, examples, mask, sighted, scale, is_causal=False, flash_attention=None):
@@ -106,16 +144,23 @@ def _attend_block(query, examples, block, scale):
 
 def _sees_all_before(examples):
     """Whether there are own examples, and each query sees its own and all others before it."""
-    own = examples.own
-    return own is not None and own.visibility() is None and examples.restrictions() is None
+    return examples.own is not None and not _is_restricted(examples)
 
 
 def _attend_with_own(query, examples, scale):
-    """Each query's own example as one more key, the same for all, whose score is zero.
+    """Attention of queries that have own examples, of which a mask says what each sees."""
+    own, query, with_own = examples.own, *_lead_with_own(query, examples)
+    mask = _lead_mask_with_own(examples.visibility(), own.visibility())
+    output = _attend(query, with_own, mask, _sees_any(examples), scale)
+    return _mix_with_own(output, own)
 
-    The other scores are less that of the own example, which features of the query take off: no
-    softmax notices. The one more value is zero, and a column of ones tells what weight the others
-    have; the rest is the weight of the own value.
+
+def _lead_with_own(query, examples):
+    """Queries, and examples with one more, the same for all, in the place of each query's own.
+
+    Its score is zero, and those of the others are less that of the own example, which features
+    of the query take off: no softmax notices. Its value is zero, and a column of ones tells what
+    weight the others have; the rest is the weight of the own value.
     """
     own, depth = examples.own, examples.value.shape[-1]
     score = ops.sum(native.widened(query) * native.widened(own.key), axis=-1, keepdims=True)
@@ -128,40 +173,16 @@ def _attend_with_own(query, examples, scale):
     key, value = (
         lead_with_zero(fit_axis(x, 3, width, fill=1)) for x in (examples.key, examples.value)
     )
-    with_own = dataclasses.replace(examples, key=key, value=value)
-    if _sees_all_before(examples):
-        output = _attend_by_place(query, with_own, scale)
-    else:
-        mask = _lead_with_own(examples.visibility(), own.visibility())
-        output = _attend(query, with_own, mask, _sees_any(examples), scale)
+    return query, dataclasses.replace(examples, key=key, value=value)
+
+
+def _mix_with_own(output, own):
+    """The output, from that of the examples that `_lead_with_own` gives."""
+    depth = own.value.shape[-1]
     others, weight = output[..., :depth], 1.0 - output[..., depth : depth + 1]
     if own.visibility() is not None:
         weight = ops.where(in_output_layout(own.visibility()), weight, 0.0)
     return others + weight * own.value
-
-
-def _attend_by_place(query, examples, scale):
-    """The queries at one place of their windows as heads of their own, the own example leading.
-
-    The first of these sees that alone, the next one also the first window, and so on: what
-    kernels know as causal, with no mask and half of the products.
-    """
-    batch, length, num_heads, width = ops.shape(query)
-    stride = examples.stride
-    num_windows = (length + stride - 1) // stride
-    by_place = (batch, num_windows, stride * num_heads)
-
-    def of_each_place(x):
-        x = ops.expand_dims(fit_axis(x, 1, num_windows), axis=2)
-        x = ops.broadcast_to(x, (batch, num_windows, stride, num_heads, width))
-        return native.reshape(x, (*by_place, width))
-
-    query = native.reshape(fit_axis(query, 1, num_windows * stride), (*by_place, width))
-    examples = dataclasses.replace(
-        examples, key=of_each_place(examples.key), value=of_each_place(examples.value)
-    )
-    output = _attend(query, examples, None, None, scale, is_causal=True)
-    return native.reshape(output, (batch, num_windows * stride, num_heads, width))[:, :length]
 
 
 def _sees_any(examples):
@@ -170,10 +191,117 @@ def _sees_any(examples):
     return None if own_mask is None or sighted is None else ops.logical_or(sighted, own_mask)
 
 
-def _lead_with_own(mask, own_mask):
+def _lead_mask_with_own(mask, own_mask):
     """Puts a column for own examples in front of `mask`, `(B or 1, H or 1, T, M)`."""
     if own_mask is None:
         own_mask = ops.ones((1, 1, 1), dtype="bool")
     own_mask = ops.expand_dims(own_mask, axis=-1)
     lead = np.broadcast_shapes(mask.shape[:3], own_mask.shape[:3])
     return ops.concatenate([ops.broadcast_to(x, (*lead, x.shape[3])) for x in (own_mask, mask)], 3)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Call:
+    """A call of a kernel where nothing but causality limits queries.
+
+    Attributes:
+        query: `(B, T, H, D)`.
+        key: `(B, M, H, D)`.
+        value: `(B, M, H, Dv)`.
+        is_causal: whether query i sees keys 0 to i only.
+        finish: function from the kernel's output to that of the queries.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    is_causal: bool
+    finish: Callable = lambda output: output
+
+    @classmethod
+    def of(cls, query, examples):
+        """The call for queries of `Examples` that are not restricted."""
+        if examples.own is None:
+            return cls(query, examples.key, examples.value, examples.is_triangular)
+        return cls._by_place(*_lead_with_own(query, examples), examples.own)
+
+    @classmethod
+    def _by_place(cls, query, examples, own):
+        """The queries at one place of their windows as heads of their own, its own example leading.
+
+        The first of these sees that alone, the next one also the first window, and so on: what
+        kernels know as causal, with no mask and half of the products.
+        """
+        batch, length, num_heads, width = native.shape(query)
+        stride = examples.stride
+        num_windows = (length + stride - 1) // stride
+        by_place = (batch, num_windows, stride * num_heads, width)
+
+        def at_each_place(x):
+            x = ops.expand_dims(fit_axis(x, 1, num_windows), axis=2)
+            x = ops.broadcast_to(x, (batch, num_windows, stride, num_heads, width))
+            return native.reshape(x, by_place)
+
+        def finish(output):
+            output = native.reshape(output, (batch, num_windows * stride, num_heads, width))
+            return _mix_with_own(output[:, :length], own)
+
+        query = native.reshape(fit_axis(query, 1, num_windows * stride), by_place)
+        key, value = at_each_place(examples.key), at_each_place(examples.value)
+        return cls(query, key, value, True, finish)
+
+    def answer(self, scale):
+        """The output of the queries."""
+        tensors = [for_products(x) for x in (self.query, self.key, self.value)]
+        output = native.softmax_attention(*tensors, None, scale, self.is_causal)
+        return self.finish(cast(output, self.value.dtype))
+
+
+def _fit_together(calls):
+    """Whether a kernel takes such calls as one, and does not mostly work on what fills them up."""
+    tensors = [(call.query, call.key, call.value) for call in calls]
+    shapes = [x.shape for group in tensors for x in group]
+    if not all(isinstance(size, int) for shape in shapes for size in shape):
+        return False
+    if len({call.is_causal for call in calls}) > 1:
+        return False
+    dtypes = {keras.backend.standardize_dtype(x.dtype) for group in tensors for x in group}
+    if len(dtypes) > 1 or accumulator(*dtypes) in dtypes:
+        return False
+    for queries_or_keys in list(zip(*tensors))[:2]:
+        lengths, heads = zip(*(x.shape[1:3] for x in queries_or_keys))
+        used = sum(length * count for length, count in zip(lengths, heads))
+        if max(lengths) * sum(heads) > MOST_FILLING * used:
+            return False
+    return native.takes_lengths(*dtypes, max(shape[3] for shape in shapes))
+
+
+def _answer_together(calls, scale):
+    """The outputs of the queries, each head being a sequence with lengths of its own."""
+    groups = [[getattr(call, name) for call in calls] for name in ("query", "key", "value")]
+    depth = max(x.shape[3] for group in groups for x in group)
+    heads = [x.shape[2] for x in groups[0]]
+    lengths = [
+        np.repeat([x.shape[1] for x in group], heads).astype("int32") for group in groups[:2]
+    ]
+    batch = groups[0][0].shape[0]
+    output = native.softmax_attention_of_lengths(
+        *(_as_rows(group, depth) for group in groups),
+        *(np.tile(one, batch) for one in lengths),
+        scale,
+        calls[0].is_causal,
+    )
+    output = native.reshape(output, (batch, sum(heads), *output.shape[1::2]))
+    outputs = native.split(swap_heads_and_time(output), heads, axis=2)
+    return [
+        call.finish(output[:, : call.query.shape[1], :, : call.value.shape[3]])
+        for call, output in zip(calls, outputs)
+    ]
+
+
+def _as_rows(tensors, depth):
+    """Heads as sequences of one head, filled up to one length and depth: `(B * H, T, 1, D)`."""
+    length = max(x.shape[1] for x in tensors)
+    filled = [fit_axis(fit_axis(x, 1, length), 3, depth) for x in tensors]
+    x = swap_heads_and_time(ops.concatenate(filled, axis=2))
+    return native.reshape(x, (-1, length, 1, depth))

@@ -57,7 +57,7 @@ def fit_axis(x, axis, size, fill=0, front=0):
 
     `front` more are added before these.
     """
-    shape, behind = list(ops.shape(x)), None
+    shape, behind = list(native.shape(x)), None
     if isinstance(size, int) and x.shape[axis] is not None:
         behind = size - x.shape[axis]
         if behind < 0:
@@ -74,14 +74,14 @@ def fit_axis(x, axis, size, fill=0, front=0):
 
 def split_axis(x, axis, size):
     """Cuts `axis` of `x` into pieces of `size`, which becomes the axis behind."""
-    shape = ops.shape(x)
+    shape = native.shape(x)
     pieces = (shape[axis] // size, size)
     return native.reshape(x, tuple(shape[:axis]) + pieces + tuple(shape[axis + 1 :]))
 
 
 def join_axes(x, axis):
     """Undoes `split_axis`: `axis` of `x` and the axis behind become one."""
-    shape = ops.shape(x)
+    shape = native.shape(x)
     joined = (shape[axis] * shape[axis + 1],)
     return native.reshape(x, tuple(shape[:axis]) + joined + tuple(shape[axis + 2 :]))
 
@@ -100,8 +100,8 @@ def delay(x, axis, steps=1):
 
 def append(x, other, axis):
     """Concatenates `other`, broadcast to the other axes of `x`, behind `x` along `axis`."""
-    shape = list(ops.shape(x))
-    shape[axis] = ops.shape(other)[axis]
+    shape = list(native.shape(x))
+    shape[axis] = native.shape(other)[axis]
     return ops.concatenate([x, ops.broadcast_to(other, shape)], axis=axis)
 
 
@@ -128,7 +128,7 @@ def to_grid(x, grid):
     """Turns `(batch, time, *rest)` into `(batch, *grid, *rest)`; `None` is one axis."""
     if grid is None:
         return x
-    shape = ops.shape(x)
+    shape = native.shape(x)
     return native.reshape(x, (shape[0],) + tuple(grid) + tuple(shape[2:]))
 
 
@@ -136,6 +136,6 @@ def from_grid(x, num_axes):
     """Turns `(batch, *grid, *rest)`, the grid of `num_axes` axes, into `(batch, time, *rest)`."""
     if num_axes == 1:
         return x
-    shape = ops.shape(x)
+    shape = native.shape(x)
     time = math.prod(shape[1 : 1 + num_axes])
     return native.reshape(x, (shape[0], time) + tuple(shape[1 + num_axes :]))

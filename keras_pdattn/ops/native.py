@@ -10,8 +10,11 @@ from keras_pdattn.ops.dtypes import cast, widen
 
 IS_TORCH = keras.backend.backend() == "torch"
 IS_TENSORFLOW = keras.backend.backend() == "tensorflow"
+IS_JAX = keras.backend.backend() == "jax"
 if IS_TORCH:
     from keras_pdattn.ops import torch_native
+if IS_JAX:
+    from keras_pdattn.ops import jax_native
 
 
 def linear(x, kernel, bias=None, num_widths=1):
@@ -42,6 +45,11 @@ def value(weight):
     return ops.convert_to_tensor(weight)
 
 
+def shape(x):
+    """`ops.shape`, which checks for symbolic tensors first."""
+    return tuple(x.shape) if IS_TORCH else ops.shape(x)
+
+
 def reshape(x, shape):
     """`ops.reshape`, which checks for symbolic tensors at ten times the cost of torch's own."""
     return x.reshape(shape) if IS_TORCH else ops.reshape(x, shape)
@@ -59,12 +67,17 @@ def split(x, sizes, axis):
     return ops.split(x, list(itertools.accumulate(sizes[:-1])), axis=axis)
 
 
-def mean(x, axis, dtype, keepdims=False):
-    """The mean of `x` along an axis, of known size, that is added up in `dtype` and given in it."""
+def mean(x, axis, dtype=None, keepdims=False):
+    """The mean of `x` along an axis, of known size, added up in float32 or wider.
+
+    In `dtype`, that of `x` if `None`.
+    """
+    dtype = dtype or keras.backend.standardize_dtype(x.dtype)
     if IS_TORCH:
         return torch_native.mean(x, axis, dtype, keepdims)
     # Not `ops.mean`, which computes float64 in float32 on some backends.
-    return ops.sum(cast(x, dtype), axis=axis, keepdims=keepdims) / max(x.shape[axis], 1)
+    total = ops.sum(widen(x), axis=axis, keepdims=keepdims)
+    return cast(total / max(x.shape[axis], 1), dtype)
 
 
 def widened(x):
@@ -110,6 +123,36 @@ def softmax_attention(query, key, value, mask, scale, is_causal, flash_attention
         scale=scale,
         is_causal=is_causal,
         flash_attention=flash_attention,
+    )
+
+
+def takes_lengths(dtype, depth):
+    """Whether the backend has a kernel for `softmax_attention_of_lengths` of such tensors."""
+    return jax_runs_on_gpu() and jax_native.takes_lengths(dtype, depth)
+
+
+def softmax_attention_of_lengths(
+    query, key, value, query_lengths, key_lengths, scale, is_causal=False
+):
+    """Softmax attention of sequences of different lengths, filled up to one; on JAX.
+
+    The kernel does not work on what fills them up.
+
+    Args:
+        query: tensor `(sequences, T, heads, depth)`.
+        key: tensor `(sequences, S, heads, depth)`.
+        value: tensor `(sequences, S, heads, depth)`.
+        query_lengths: int32 `(sequences,)`, how many queries each has.
+        key_lengths: int32 `(sequences,)`, how many keys.
+        scale: factor on the products of queries and keys.
+        is_causal: whether query `i` sees keys `0` to `i` only.
+
+    Returns:
+        Tensor `(sequences, T, heads, depth)`.
+    """
+    implementation = "cudnn" if runs_on_gpu() else "xla"
+    return jax_native.softmax_attention_of_lengths(
+        query, key, value, query_lengths, key_lengths, scale, is_causal, implementation
     )
 
 
@@ -171,4 +214,4 @@ def _has_gpu():
 
 def jax_runs_on_gpu():
     """Whether the backend is JAX, on a GPU."""
-    return keras.backend.backend() == "jax" and runs_on_gpu()
+    return IS_JAX and runs_on_gpu()

@@ -36,12 +36,11 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         reduction: `"mean"`, or `"first"` to take each window's first valid key.
 
     Returns:
-        The pooled `Examples`; their keys still in the wider dtype of sums, as
-        a transform may yet take a large mean off them.
+        The pooled `Examples`; keys that await a transform in the wider dtype of sums.
     """
     windows = Windows.over(keys, scale, reduction)
     visible = None if keys.visible is None else windows.align_last(keys.visible)
-    key = windows.mean(keys.key)
+    key = windows.mean(keys.key, windows.dtype if keys.awaits_transform else None)
     value = key if keys.value is keys.key else windows.mean(keys.value)
     pooled = Examples(
         key=key,
@@ -53,6 +52,7 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         grid=windows.grid,
         spread=lambda weights, _: windows.spread(weights),
         projections=keys.projections,
+        awaits_transform=keys.awaits_transform,
     )
     if not keys.is_causal:
         return pooled
@@ -117,10 +117,10 @@ class Windows:
     @classmethod
     def over(cls, keys, scale, reduction):
         """Lays windows over `keys`, less what their mask leaves out."""
-        sizes = keys.grid or (ops.shape(keys.key)[1],)
+        sizes = keys.grid or (native.shape(keys.key)[1],)
         counts = tuple((size + scale - 1) // scale for size in sizes)
         grid = None if keys.grid is None else counts
-        length = ops.shape(keys.key)[1]
+        length = native.shape(keys.key)[1]
         window_size = scale ** len(sizes)
         num_steps = math.prod(counts) * window_size
         known = length, accumulator(keys.key.dtype)
@@ -197,21 +197,25 @@ class Windows:
         left = ops.cast(ops.reshape(self.length - first, (1, -1, 1)), self.dtype)
         return ops.minimum(counts, left)
 
-    def mean(self, x):
-        """The mean of each window's members; `(B, S, H, D)` to `(B, M, H, D)`."""
-        if self.has_all_keys and isinstance(self.length, int):
-            return self._mean_of_all(x)
-        total = ops.sum(self.split(self._members(x)), axis=2)
-        return total / append_axes(native.at_least(self.counts(), 1), 2)
+    def mean(self, x, dtype=None):
+        """The mean of each window's members; `(B, S, H, D)` to `(B, M, H, D)`.
 
-    def _mean_of_all(self, x):
+        In `dtype`, that of `x` if `None`.
+        """
+        if self.has_all_keys and isinstance(self.length, int):
+            return self._mean_of_all(x, dtype)
+        total = ops.sum(self.split(self._members(x)), axis=2)
+        mean = total / append_axes(native.at_least(self.counts(), 1), 2)
+        return cast(mean, dtype or x.dtype)
+
+    def _mean_of_all(self, x, dtype):
         """`mean`, with nothing to fill up the last window and nothing to leave out."""
         whole = self.length - self.length % self.size
         means = []
         if whole:
-            means.append(native.mean(self.split(x[:, :whole]), 2, self.dtype))
+            means.append(native.mean(self.split(x[:, :whole]), 2, dtype))
         if whole < self.length:
-            means.append(native.mean(x[:, whole:], 1, self.dtype, keepdims=True))
+            means.append(native.mean(x[:, whole:], 1, dtype, keepdims=True))
         return means[0] if len(means) == 1 else ops.concatenate(means, axis=1)
 
     def running_means(self, *tensors):
@@ -341,7 +345,7 @@ def _take_along_last(x, index):
     """Reads `x`, `(b, h, t, n)`, at `index`, `(m,)` or `(B, m)`, along its last axis."""
     if len(index.shape) == 1:
         return native.take(x, index, axis=3)
-    shape = (ops.shape(index)[0],) + tuple(ops.shape(x)[1:])
+    shape = (native.shape(index)[0],) + tuple(native.shape(x)[1:])
     return native.take_along_axis(
         ops.broadcast_to(x, shape), ops.expand_dims(index, axis=(1, 2)), axis=3
     )

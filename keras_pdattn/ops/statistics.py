@@ -29,7 +29,7 @@ def mean(x, mask=None):
         weight = append_axes(ops.cast(mask, x.dtype), 2)
         x, count = x * weight, native.at_least(ops.sum(weight, axis=1, keepdims=True), 1)
     else:
-        count = ops.cast(ops.maximum(ops.shape(x)[1], 1), x.dtype)
+        count = ops.cast(ops.maximum(native.shape(x)[1], 1), x.dtype)
     return ops.sum(x, axis=1, keepdims=True) / count
 
 
@@ -68,7 +68,7 @@ def prefix_moments(x, limit, mask=None):
     """
     x = widen(x)
     if mask is None:
-        count = ops.reshape(ops.arange(1, ops.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
+        count = ops.reshape(ops.arange(1, native.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
         weight, total = 1, cumulative_sum(x, axis=1)
     else:
         weight = append_axes(ops.cast(mask, x.dtype), 2)

@@ -18,7 +18,11 @@ def linear(x, kernel, bias, num_widths):
 
 
 def mean(x, axis, dtype, keepdims):
-    return x.mean(axis, keepdims, dtype=getattr(torch, dtype))
+    dtype = getattr(torch, dtype)
+    if x.is_cuda:
+        # Whose sums are wide in any case.
+        return x.mean(axis, keepdims, dtype=dtype)
+    return x.mean(axis, keepdims, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
 
 
 def take(x, index, axis):
