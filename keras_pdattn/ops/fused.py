@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import accumulator, cast, is_double
+from keras_pdattn.ops.dtypes import accumulator, cast, is_double, widen
 from keras_pdattn.ops.indexing import fit_axis, lead_with_zero, swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, in_output_layout
 
@@ -163,7 +163,7 @@ def _lead_with_own(query, examples):
     weight the others have; the rest is the weight of the own value.
     """
     own, depth = examples.own, examples.value.shape[-1]
-    score = ops.sum(native.widened(query) * native.widened(own.key), axis=-1, keepdims=True)
+    score = ops.sum(widen(query) * native.widened(own.key), axis=-1, keepdims=True)
     # In two numbers, as 16 bits would round one off.
     high = cast(score, query.dtype)
     low = cast(score - native.widened(high), query.dtype)
