@@ -142,18 +142,19 @@ def test_causal_scaled_heads_by_place(monkeypatch, primal, lengths):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """JAX as on a GPU, where kernels take float32 too; the tensors of each call of one for groups.
+    """JAX as on a GPU, where kernels take float32 too; the shapes in each call of one with lengths.
 
     The kernel is that of XLA for CPUs.
     """
     calls, attend = [], native.softmax_attention_of_lengths
 
-    def record(query, key, value, *rest):
+    def record(query, key, *rest):
         calls.append((query.shape, key.shape))
-        return attend(query, key, value, *rest)
+        assert query.shape[1] % 2 == key.shape[1] % 2 == 0
+        return attend(query, key, *rest)
 
     monkeypatch.setattr(native, "jax_runs_on_gpu", lambda: True)
-    monkeypatch.setattr(native, "takes_lengths", lambda dtype, depth: True)
+    monkeypatch.setattr(native.jax_native, "has_cudnn", lambda dtype, depth: True)
     monkeypatch.setattr(native, "softmax_attention_of_lengths", record)
     monkeypatch.setattr(fused, "accumulator", lambda dtype: "float64")
     return calls
@@ -183,6 +184,13 @@ def test_groups_by_one_kernel(on_gpu, transform, scales, is_causal, lengths):
 @only_on_jax
 def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
     """Masks, dropout, scores, a form that is asked for; and what would mostly be filled up."""
+    together, answer = [], fused._answer_together
+
+    def record(calls, scale):
+        together.append(len(calls))
+        return answer(calls, scale)
+
+    monkeypatch.setattr(fused, "_answer_together", record)
     inputs, key_mask = arrays(64), np.arange(64)[None] < 60
     for options in (
         {"key_mask": key_mask},
@@ -198,12 +206,27 @@ def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
     ops.attention(*inputs, far_apart, is_causal=True)
     ops.attention(*inputs, "softmax")
     ops.attention(*inputs, Primal("elu", training_set=ScaledHeads((1, 3))))
-    assert not on_gpu
+    assert not together
     ops.attention(*inputs, far_apart)
-    assert len(on_gpu) == 1
-    monkeypatch.setattr(native, "takes_lengths", lambda dtype, depth: False)
+    assert together == [2]
+    monkeypatch.setattr(native.jax_native, "has_cudnn", lambda dtype, depth: False)
     ops.attention(*inputs, far_apart)
-    assert len(on_gpu) == 1
+    assert together == [2]
+
+
+@only_on_jax
+@pytest.mark.parametrize("kind", ["plain", "padded", "masked", "by head"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+@pytest.mark.parametrize("primal", [Primal(), OWN], ids=str)
+def test_shapes_that_cudnn_takes_in_jax(on_gpu, primal, is_causal, kind):
+    """Even lengths, and masks of queries times keys, whatever limits queries."""
+    inputs = arrays(21, 18, batch=2)
+    options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
+    whole, by_kernel = (
+        value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", None)
+    )
+    assert on_gpu or is_causal
+    check_same(by_kernel, whole, tolerance=5e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

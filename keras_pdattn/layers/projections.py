@@ -55,7 +55,7 @@ def is_better_late(dense, sizes):
     is_known = all(isinstance(size, int) for size in sizes)
     if not (native.IS_TORCH and is_known):
         return True
-    return math.prod(sizes) >= LEAST_LATE and not native.value(dense.kernel).is_cuda
+    return math.prod(sizes) >= LEAST_LATE and not native.is_cuda(native.value(dense.kernel))
 
 
 _TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -47,7 +47,7 @@ class AttendedAxes:
         x = ops.transpose(x, order)
         shape = native.shape(x)
         batch, time = shape[: 1 + len(self.free)], shape[1 + len(self.free) : inner]
-        return ops.reshape(x, (math.prod(batch), math.prod(time)) + tuple(shape[inner:]))
+        return native.reshape(x, (math.prod(batch), math.prod(time)) + tuple(shape[inner:]))
 
     def from_sequence(self, x, like):
         """Undoes `to_sequence` for the sequence that `like` was turned into."""
@@ -55,7 +55,7 @@ class AttendedAxes:
             return x
         outer = (0,) + self.free + self.attended
         shape = native.shape(like)
-        x = ops.reshape(x, tuple(shape[axis] for axis in outer) + tuple(native.shape(x)[2:]))
+        x = native.reshape(x, tuple(shape[axis] for axis in outer) + tuple(native.shape(x)[2:]))
         order = [outer.index(axis) for axis in range(len(outer))]
         return ops.transpose(x, order + list(range(len(outer), len(x.shape))))
 
@@ -120,7 +120,7 @@ class AttendedAxes:
             batch = [queries[0]] + [queries[axis] for axis in self.free]
         mask = ops.broadcast_to(mask, tuple(batch) + (heads,) + tuple(time))
         count = len(self.attended)
-        return ops.reshape(
+        return native.reshape(
             mask, (math.prod(batch), heads, math.prod(time[:count]), math.prod(time[count:]))
         )
 
@@ -130,4 +130,4 @@ class AttendedAxes:
             return scores
         queries, keys = native.shape(query), native.shape(value)
         shape = self.scores_shape(queries, keys, native.shape(scores)[1])
-        return ops.reshape(scores, shape)
+        return native.reshape(scores, shape)

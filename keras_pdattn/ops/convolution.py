@@ -6,6 +6,7 @@ import operator
 
 from keras import ops
 
+from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import widen
 from keras_pdattn.ops.indexing import from_grid, to_grid
 
@@ -30,7 +31,7 @@ def depthwise(x, kernel, grid=None, taps=lambda offset: True):
     kernel = ops.cast(kernel, x.dtype)
     sizes = tuple(kernel.shape[:-2])
     margins = [(size // 2, size // 2) for size in sizes]
-    padded = ops.pad(x, [(0, 0)] + margins + [(0, 0), (0, 0)])
+    padded = native.pad(x, [(0, 0)] + margins + [(0, 0), (0, 0)])
     terms = []
     for tap in itertools.product(*(range(size) for size in sizes)):
         offset = tuple(at - size // 2 for at, size in zip(tap, sizes))

@@ -10,7 +10,7 @@ from keras import ops
 
 from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import accumulator, cast, is_double, widen
-from keras_pdattn.ops.indexing import fit_axis, lead_with_zero, swap_heads_and_time
+from keras_pdattn.ops.indexing import even, fit_axis, lead_with_zero, swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, in_output_layout
 
 #: How many causal queries share a block, where the kernel wants a mask of theirs.
@@ -105,11 +105,34 @@ def _attend(query, examples, mask, sighted, scale, is_causal=False, flash_attent
     tensors = query, examples.key, examples.value
     if not flash_attention:
         tensors = [for_products(tensor) for tensor in tensors]
-    output = native.softmax_attention(*tensors, mask, scale, is_causal, flash_attention)
+    output = _by_kernel(*tensors, mask, scale, is_causal, flash_attention)
     if sighted is not None:
         # The kernels give the mean of all values where every score is masked.
         output = ops.where(in_output_layout(sighted), output, 0.0)
     return cast(output, examples.value.dtype)
+
+
+def _by_kernel(query, key, value, mask, scale, is_causal, flash_attention=None):
+    """`native.softmax_attention`, in the shapes that a kernel of cuDNN takes in JAX.
+
+    That has no gradient for odd lengths, nor masks that are broadcast over queries. Keras would
+    write down all weights instead.
+    """
+    lengths = query.shape[1], key.shape[1]
+    is_taken = mask is None and not any(length % 2 for length in lengths if length is not None)
+    if is_taken or not native.has_cudnn(query, key, value):
+        return native.softmax_attention(query, key, value, mask, scale, is_causal, flash_attention)
+    query, key, value = (fit_axis(x, 1, even(x.shape[1])) for x in (query, key, value))
+    of_each = [np.full(query.shape[0], length, "int32") for length in lengths]
+    if mask is not None:
+        mask = ops.broadcast_to(mask, (*mask.shape[:2], *lengths))
+        for axis in (2, 3):
+            mask = fit_axis(mask, axis, even(mask.shape[axis]), fill=False)
+        of_each = [None, None]
+    output = native.softmax_attention_of_lengths(
+        query, key, value, *of_each, scale, is_causal, mask
+    )
+    return output[:, : lengths[0]]
 
 
 def _takes_masks_for_causality(flash_attention, examples):
@@ -253,27 +276,23 @@ class _Call:
     def answer(self, scale):
         """The output of the queries."""
         tensors = [for_products(x) for x in (self.query, self.key, self.value)]
-        output = native.softmax_attention(*tensors, None, scale, self.is_causal)
+        output = _by_kernel(*tensors, None, scale, self.is_causal)
         return self.finish(cast(output, self.value.dtype))
 
 
 def _fit_together(calls):
     """Whether a kernel takes such calls as one, and does not mostly work on what fills them up."""
     tensors = [(call.query, call.key, call.value) for call in calls]
-    shapes = [x.shape for group in tensors for x in group]
-    if not all(isinstance(size, int) for shape in shapes for size in shape):
-        return False
     if len({call.is_causal for call in calls}) > 1:
         return False
-    dtypes = {keras.backend.standardize_dtype(x.dtype) for group in tensors for x in group}
-    if len(dtypes) > 1 or accumulator(*dtypes) in dtypes:
+    if not all(native.has_cudnn(*group) for group in tensors):
         return False
     for queries_or_keys in list(zip(*tensors))[:2]:
         lengths, heads = zip(*(x.shape[1:3] for x in queries_or_keys))
         used = sum(length * count for length, count in zip(lengths, heads))
         if max(lengths) * sum(heads) > MOST_FILLING * used:
             return False
-    return native.takes_lengths(*dtypes, max(shape[3] for shape in shapes))
+    return True
 
 
 def _answer_together(calls, scale):
@@ -301,7 +320,7 @@ def _answer_together(calls, scale):
 
 def _as_rows(tensors, depth):
     """Heads as sequences of one head, filled up to one length and depth: `(B * H, T, 1, D)`."""
-    length = max(x.shape[1] for x in tensors)
+    length = even(max(x.shape[1] for x in tensors))
     filled = [fit_axis(fit_axis(x, 1, length), 3, depth) for x in tensors]
     x = swap_heads_and_time(ops.concatenate(filled, axis=2))
     return native.reshape(x, (-1, length, 1, depth))

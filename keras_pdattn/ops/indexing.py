@@ -52,6 +52,11 @@ def first_valid(mask):
     return ops.cast(ops.argmax(ops.cast(mask, "int32"), axis=1), "int32")
 
 
+def even(length):
+    """The least even number that is no smaller."""
+    return length + length % 2
+
+
 def fit_axis(x, axis, size, fill=0, front=0):
     """Cuts `x` along `axis`, or adds `fill` behind, until it has `size` entries.
 
@@ -64,12 +69,21 @@ def fit_axis(x, axis, size, fill=0, front=0):
             x, behind = x[(slice(None),) * axis + (slice(0, size),)], 0
         if behind == front == 0:
             return x
+        if native.IS_TORCH:
+            return _pad_axis(x, axis, front, behind, fill)
     shape[axis] = size if behind is None else behind
     x = [x, ops.full(shape, fill, dtype=x.dtype)]
     if front:
         shape[axis] = front
         x = [ops.full(shape, fill, dtype=x[0].dtype), *x]
     return ops.concatenate(x, axis=axis)[(slice(None),) * axis + (slice(0, front + size),)]
+
+
+def _pad_axis(x, axis, front, behind, fill=0):
+    """`x` with so many entries more in front and behind, along `axis`."""
+    widths = [(0, 0)] * len(x.shape)
+    widths[axis] = (front, behind)
+    return native.pad(x, widths, fill)
 
 
 def split_axis(x, axis, size):
@@ -88,14 +102,12 @@ def join_axes(x, axis):
 
 def lead_with_zero(x):
     """Puts a zero in front of `x` along time."""
-    return ops.pad(x, [[0, 0], [1, 0]] + [[0, 0]] * (len(x.shape) - 2))
+    return _pad_axis(x, 1, 1, 0)
 
 
 def delay(x, axis, steps=1):
     """Shifts `x` some steps later along `axis`, zeros coming in."""
-    lead = (slice(None),) * axis
-    zeros = ops.zeros_like(x[lead + (slice(0, steps),)])
-    return ops.concatenate([zeros, x[lead + (slice(0, -steps),)]], axis=axis)
+    return _pad_axis(x[(slice(None),) * axis + (slice(0, -steps),)], axis, steps, 0)
 
 
 def append(x, other, axis):

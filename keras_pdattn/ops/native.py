@@ -55,6 +55,19 @@ def reshape(x, shape):
     return x.reshape(shape) if IS_TORCH else ops.reshape(x, shape)
 
 
+def pad(x, widths, fill=0):
+    """`ops.pad`, which makes an operation first to see what it takes: ten times torch's own cost.
+
+    Args:
+        x: tensor.
+        widths: for each axis a pair, how many entries come in front and behind.
+        fill: number, what these are.
+    """
+    if IS_TORCH:
+        return torch_native.pad(x, widths, fill)
+    return ops.pad(x, widths, constant_values=fill)
+
+
 def split(x, sizes, axis):
     """Cuts `axis` of `x` into parts of these sizes.
 
@@ -126,13 +139,23 @@ def softmax_attention(query, key, value, mask, scale, is_causal, flash_attention
     )
 
 
-def takes_lengths(dtype, depth):
-    """Whether the backend has a kernel for `softmax_attention_of_lengths` of such tensors."""
-    return jax_runs_on_gpu() and jax_native.takes_lengths(dtype, depth)
+def has_cudnn(query, key, value):
+    """Whether `softmax_attention_of_lengths` of such tensors is a kernel of cuDNN, in JAX.
+
+    Their sizes are known then.
+    """
+    if not jax_runs_on_gpu():
+        return False
+    is_known = all(isinstance(size, int) for x in (query, key, value) for size in x.shape)
+    dtypes = {keras.backend.standardize_dtype(x.dtype) for x in (query, key, value)}
+    depths = {x.shape[3] for x in (query, key, value)}
+    if not is_known or len(dtypes) > 1 or len(depths) > 1:
+        return False
+    return jax_native.has_cudnn(*dtypes, *depths)
 
 
 def softmax_attention_of_lengths(
-    query, key, value, query_lengths, key_lengths, scale, is_causal=False
+    query, key, value, query_lengths, key_lengths, scale, is_causal=False, mask=None
 ):
     """Softmax attention of sequences of different lengths, filled up to one; on JAX.
 
@@ -142,17 +165,18 @@ def softmax_attention_of_lengths(
         query: tensor `(sequences, T, heads, depth)`.
         key: tensor `(sequences, S, heads, depth)`.
         value: tensor `(sequences, S, heads, depth)`.
-        query_lengths: int32 `(sequences,)`, how many queries each has.
-        key_lengths: int32 `(sequences,)`, how many keys.
+        query_lengths: int32 `(sequences,)`, how many queries each has; all if `None`.
+        key_lengths: int32 `(sequences,)`, how many keys; likewise.
         scale: factor on the products of queries and keys.
         is_causal: whether query `i` sees keys `0` to `i` only.
+        mask: boolean, broadcastable to `(sequences, heads, T, S)`, or `None`.
 
     Returns:
         Tensor `(sequences, T, heads, depth)`.
     """
     implementation = "cudnn" if runs_on_gpu() else "xla"
     return jax_native.softmax_attention_of_lengths(
-        query, key, value, query_lengths, key_lengths, scale, is_causal, implementation
+        query, key, value, query_lengths, key_lengths, scale, is_causal, mask, implementation
     )
 
 
@@ -200,6 +224,11 @@ def into_graph(x):
     A loop in there has no gradient if it closes over a tensor from outside.
     """
     return ops.copy(x) if IS_TENSORFLOW else x
+
+
+def is_cuda(x):
+    """Whether `x` is a tensor of torch on a GPU."""
+    return IS_TORCH and x.is_cuda
 
 
 def runs_on_gpu():

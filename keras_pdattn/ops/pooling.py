@@ -190,11 +190,11 @@ class Windows:
         """The number of members up to each step of each window, `(B or 1, M or 1, size)`."""
         if not self.has_all_keys:
             return cumulative_sum(self.split(self.member), axis=2)
-        counts = ops.reshape(ops.arange(1, self.size + 1, dtype=self.dtype), (1, 1, self.size))
+        counts = native.reshape(ops.arange(1, self.size + 1, dtype=self.dtype), (1, 1, self.size))
         if isinstance(self.length, int) and self.length % self.size == 0:
             return counts
         first = ops.arange(self.num_windows, dtype="int32") * self.size
-        left = ops.cast(ops.reshape(self.length - first, (1, -1, 1)), self.dtype)
+        left = ops.cast(native.reshape(self.length - first, (1, -1, 1)), self.dtype)
         return ops.minimum(counts, left)
 
     def mean(self, x, dtype=None):

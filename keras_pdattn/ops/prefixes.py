@@ -46,7 +46,7 @@ def prefix_by_prefix(solve, queries, keys, dropout, is_pointwise):
         output, scores = _solve_at(positions, solve, queries, keys, its_dropout, is_pointwise)
         return (output,) if scores is None else (output, scores)
 
-    blocks = ops.arange(count, dtype="int32"), ops.reshape(positions, (count, BLOCK))
+    blocks = ops.arange(count, dtype="int32"), native.reshape(positions, (count, BLOCK))
     output, *scores = ops.map(solve_block, blocks)
     output = join_axes(ops.moveaxis(output, 0, 1), 1)[:, :query_length]
     if not scores:
@@ -71,7 +71,7 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
     end = ops.tile(positions, (batch,))
     if is_pointwise:
         x = native.take(queries.x, positions, axis=1)
-        x = ops.reshape(x, (batch * count, 1) + tuple(ops.shape(x)[2:]))
+        x = native.reshape(x, (batch * count, 1) + tuple(ops.shape(x)[2:]))
         prefix_queries = dataclasses.replace(queries, x=x, mask=None, end=end)
     else:
         length = ops.shape(queries.x)[1]
@@ -85,7 +85,9 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
         visible = ops.transpose(visible, (0, 2, 1, 3))
         heads_and_keys = tuple(ops.shape(visible)[2:])
         visible = ops.broadcast_to(visible, (batch, count) + heads_and_keys)
-        visible = ops.expand_dims(ops.reshape(visible, (batch * count,) + heads_and_keys), axis=2)
+        visible = ops.expand_dims(
+            native.reshape(visible, (batch * count,) + heads_and_keys), axis=2
+        )
     prefix_keys = dataclasses.replace(
         keys,
         key=rows(keys.key),
@@ -99,9 +101,9 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
         visible=visible,
     ).zero_padding()
     output, scores = solve(prefix_queries, prefix_keys, dropout=dropout)
-    output = ops.reshape(output, (batch, count) + tuple(ops.shape(output)[2:]))
+    output = native.reshape(output, (batch, count) + tuple(ops.shape(output)[2:]))
     if scores is not None:
         shape = ops.shape(scores)
-        scores = ops.reshape(scores, (batch, count, shape[1], shape[3]))
+        scores = native.reshape(scores, (batch, count, shape[1], shape[3]))
         scores = ops.transpose(scores, (0, 2, 1, 3))
     return output, scores

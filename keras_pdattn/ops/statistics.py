@@ -68,7 +68,7 @@ def prefix_moments(x, limit, mask=None):
     """
     x = widen(x)
     if mask is None:
-        count = ops.reshape(ops.arange(1, native.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
+        count = native.reshape(ops.arange(1, native.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
         weight, total = 1, cumulative_sum(x, axis=1)
     else:
         weight = append_axes(ops.cast(mask, x.dtype), 2)

@@ -17,6 +17,10 @@ def linear(x, kernel, bias, num_widths):
     return x.reshape((*x.shape[:-1], *kernel.shape[num_widths:]))
 
 
+def pad(x, widths, fill):
+    return functional.pad(x, [width for pair in reversed(widths) for width in pair], value=fill)
+
+
 def mean(x, axis, dtype, keepdims):
     dtype = getattr(torch, dtype)
     if x.is_cuda:

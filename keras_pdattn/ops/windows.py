@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_pdattn.ops import masks
+from keras_pdattn.ops import masks, native
 from keras_pdattn.ops.indexing import (
     append,
     append_axes,
@@ -302,11 +302,11 @@ class _Bands:
         batch, grid, rest = shape[0], shape[1 : 1 + self.num_axes], shape[1 + self.num_axes :]
         sizes = tuple(size // dilation for size in grid)
         split = tuple(part for size in sizes for part in (size, dilation))
-        x = ops.reshape(x, (batch,) + split + tuple(rest))
+        x = native.reshape(x, (batch,) + split + tuple(rest))
         inner = list(range(1, 1 + 2 * self.num_axes))
         tail = list(range(1 + 2 * self.num_axes, len(x.shape)))
         x = ops.transpose(x, [0] + inner[1::2] + inner[::2] + tail)
-        return ops.reshape(x, (batch, dilation**self.num_axes) + sizes + tuple(rest))
+        return native.reshape(x, (batch, dilation**self.num_axes) + sizes + tuple(rest))
 
     def _overlap(self, x, axis, before):
         """Repeats along a grid axis what neighbouring blocks share: blocks become slabs."""
@@ -332,18 +332,18 @@ class _Bands:
         split = tuple(
             size for count, width in zip(self.num_blocks, widths) for size in (count, width)
         )
-        x = ops.reshape(x, (shape[0], shape[1]) + split + rest)
+        x = native.reshape(x, (shape[0], shape[1]) + split + rest)
         inner = list(range(2, 2 + 2 * self.num_axes))
         tail = list(range(2 + 2 * self.num_axes, len(x.shape)))
         x = ops.transpose(x, [0, 1] + inner[::2] + inner[1::2] + tail)
         count = shape[1] * math.prod(self.num_blocks)
-        return ops.reshape(x, (shape[0], count, math.prod(widths)) + rest)
+        return native.reshape(x, (shape[0], count, math.prod(widths)) + rest)
 
     def unblock(self, x, batch):
         """Undoes `blocks` for `x`, `(B * N, block, *rest)`."""
         dilation, axes = self.window.dilation, self.num_axes
         rest = tuple(ops.shape(x)[2:])
-        x = ops.reshape(
+        x = native.reshape(
             x,
             (batch,) + (dilation,) * axes + tuple(self.num_blocks) + (self.block,) * axes + rest,
         )
@@ -352,7 +352,7 @@ class _Bands:
             order += [axis + axes, axis + 2 * axes, axis]
         x = ops.transpose(x, order + list(range(1 + 3 * axes, len(x.shape))))
         sizes = tuple(count * self.block * dilation for count in self.num_blocks)
-        x = ops.reshape(x, (batch,) + sizes + rest)
+        x = native.reshape(x, (batch,) + sizes + rest)
         for axis, size in enumerate(self.query_sizes):
             x = x[(slice(None),) * (1 + axis) + (slice(0, size),)]
         return from_grid(x, axes)
