@@ -49,13 +49,13 @@ LEAST_LATE = 2048
 def is_better_late(dense, sizes):
     """Whether means of inputs, that run over axes of these sizes, are better projected than they.
 
-    Compiled, it is fewer products. Run eagerly on torch it also is more operations, which short
-    sequences and all on a GPU wait for.
+    It is fewer products, and more operations, for which a GPU, and torch on a short sequence,
+    wait longer.
     """
+    if native.runs_on_gpu() or native.is_cuda(native.value(dense.kernel)):
+        return False
     is_known = all(isinstance(size, int) for size in sizes)
-    if not (native.IS_TORCH and is_known):
-        return True
-    return math.prod(sizes) >= LEAST_LATE and not native.is_cuda(native.value(dense.kernel))
+    return not (native.IS_TORCH and is_known) or math.prod(sizes) >= LEAST_LATE
 
 
 _TORCH_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

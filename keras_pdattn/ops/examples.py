@@ -7,7 +7,13 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn.ops import masks, native
-from keras_pdattn.ops.indexing import append_axes, first_valid, take_along_time, zero_where_masked
+from keras_pdattn.ops.indexing import (
+    append_axes,
+    first_valid,
+    is_at_most,
+    take_along_time,
+    zero_where_masked,
+)
 from keras_pdattn.ops.windows import Window
 
 
@@ -125,7 +131,8 @@ class Examples:
             limit = ops.arange(1, query_length + 1, dtype="int32")
             if query_start is not None:
                 limit = native.at_least(limit + query_start, 0)
-            limit = native.at_most(limit, native.shape(key)[1])
+            if query_start is not None or not is_at_most(query_length, key.shape[1]):
+                limit = native.at_most(limit, native.shape(key)[1])
         is_triangular = is_causal and query_start is None
         attributes.update(limit=limit, is_triangular=is_triangular, query_start=query_start)
         return cls(key, value, **attributes)

@@ -186,13 +186,13 @@ def _lead_with_own(query, examples):
     weight the others have; the rest is the weight of the own value.
     """
     own, depth = examples.own, examples.value.shape[-1]
-    score = ops.sum(widen(query) * native.widened(own.key), axis=-1, keepdims=True)
+    less = -ops.sum(widen(query) * native.widened(own.key), axis=-1, keepdims=True)
     # In two numbers, as 16 bits would round one off.
-    high = cast(score, query.dtype)
-    low = cast(score - native.widened(high), query.dtype)
+    high = cast(less, query.dtype)
+    low = cast(less - native.widened(high), query.dtype)
     width = -(-(max(query.shape[-1], depth) + 2) // ALIGNMENT) * ALIGNMENT
     rest = ops.zeros_like(query[..., : width - query.shape[-1] - 2])
-    query = ops.concatenate([query, -high, -low, rest], axis=-1)
+    query = ops.concatenate([query, high, low, rest], axis=-1)
     key, value = (
         lead_with_zero(fit_axis(x, 3, width, fill=1)) for x in (examples.key, examples.value)
     )

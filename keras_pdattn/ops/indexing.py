@@ -52,6 +52,11 @@ def first_valid(mask):
     return ops.cast(ops.argmax(ops.cast(mask, "int32"), axis=1), "int32")
 
 
+def is_at_most(length, other):
+    """Whether the one length is known to be at most the other."""
+    return isinstance(length, int) and isinstance(other, int) and length <= other
+
+
 def even(length):
     """The least even number that is no smaller."""
     return length + length % 2

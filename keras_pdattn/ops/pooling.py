@@ -14,6 +14,7 @@ from keras_pdattn.ops.indexing import (
     coordinates,
     first_valid,
     fit_axis,
+    is_at_most,
     join_axes,
     raster,
     split_axis,
@@ -63,12 +64,12 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
     own = OwnExample(
         key=own_key,
         value=cast(own_value, keys.value.dtype),
-        mask=windows.has_members(steps, query_length, keys.mask is not None),
+        mask=windows.has_members(steps, keys.mask is not None),
         visible=None if visible is None else windows.whole_so_far(visible, steps),
     )
     return dataclasses.replace(
         pooled,
-        limit=native.at_most(native.at_least(steps, 0) // scale, windows.num_windows),
+        limit=windows.before(steps),
         stride=scale,
         start=windows.start,
         own=own,
@@ -237,20 +238,30 @@ class Windows:
             position = position + self.query_start
         return position if self.start is None else position - ops.expand_dims(self.start, axis=1)
 
+    def _hold(self, steps):
+        """Whether `steps` are known to count from 0, and not to go beyond the last window."""
+        begins_there = self.start is None and self.query_start is None
+        return begins_there and is_at_most(steps.shape[0], self.num_steps)
+
+    def before(self, steps):
+        """The number of windows before the one of each step, on one axis."""
+        if self._hold(steps):
+            return steps // self.size
+        return native.at_most(native.at_least(steps, 0) // self.size, self.num_windows)
+
     def reach(self, x, steps):
         """Reads `x`, `(B, M * size, ...)`, at `steps`, beyond the ends at the nearest."""
-        begins_there = self.start is None and self.query_start is None
-        if begins_there and _is_at_most(steps.shape[0], self.num_steps):
+        if self._hold(steps):
             return x[:, : steps.shape[0]]
         last = self.num_steps - 1
         return take_along_time(x, native.at_most(native.at_least(steps, 0), last))
 
-    def has_members(self, steps, query_length, is_padded):
+    def has_members(self, steps, is_padded):
         """Whether its own window so far has members, `(B or 1, T)`; `None` if all have."""
         if is_padded:
             some = self.reach(join_axes(self.running_counts(), 1) > 0, steps)
             return some & (steps >= 0) & (steps < self.num_steps)
-        if self.query_start is None and _is_at_most(query_length, self.num_steps):
+        if self._hold(steps):
             return None
         return ops.expand_dims((steps >= 0) & (steps < self.num_steps), axis=0)
 
@@ -292,11 +303,6 @@ class Windows:
             return x[..., : self.length]
         known = ops.expand_dims(self.step >= 0, axis=(1, 2) if len(self.step.shape) == 2 else (0,))
         return ops.where(known, _take_along_last(x, native.at_least(self.step, 0)), 0.0)
-
-
-def _is_at_most(length, other):
-    """Whether the one length is known to be at most the other."""
-    return isinstance(length, int) and isinstance(other, int) and length <= other
 
 
 def _first_coordinates(keys):

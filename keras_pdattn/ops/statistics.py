@@ -69,13 +69,14 @@ def prefix_moments(x, limit, mask=None):
     x = widen(x)
     if mask is None:
         count = native.reshape(ops.arange(1, native.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
-        weight, total = 1, cumulative_sum(x, axis=1)
+        counted, mean = count, cumulative_sum(x, axis=1) / count
     else:
         weight = append_axes(ops.cast(mask, x.dtype), 2)
-        count, total = cumulative_sum(weight, axis=1), cumulative_sum(x * weight, axis=1)
-    mean = total / native.at_least(count, 1)
+        count = cumulative_sum(weight, axis=1)
+        counted = weight * count
+        mean = cumulative_sum(x * weight, axis=1) / native.at_least(count, 1)
     # From the mean that takes an example in; the first is its own mean.
-    share = weight * count / native.at_least(count - 1, 1)
+    share = counted / native.at_least(count - 1, 1)
     squares = cumulative_sum(share * ops.square(x - mean), axis=1)
     moments = count, mean, squares
     if limit is None:
