@@ -209,9 +209,15 @@ def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
     assert not together
     ops.attention(*inputs, far_apart)
     assert together == [2]
+    # Enough queries for a GPU as they are: only those of one length are not filled up for it.
+    monkeypatch.setattr(fused, "MOST_FILLED", 64)
+    ops.attention(*inputs, OWN, is_causal=True)
+    assert together == [2]
+    ops.attention(*inputs, OWN)
+    assert together == [2, 2]
     monkeypatch.setattr(native.jax_native, "has_cudnn", lambda dtype, depth: False)
     ops.attention(*inputs, far_apart)
-    assert together == [2]
+    assert together == [2, 2]
 
 
 @only_on_jax

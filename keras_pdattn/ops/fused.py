@@ -21,8 +21,9 @@ CAUSAL_BLOCK_ON_GPU = 8192
 LEAST_WITH_OWN = 512
 #: Kernels want depths that are multiples of this.
 ALIGNMENT = 8
-#: How many times as many queries, or examples, groups of heads may be filled up to for one kernel.
-MOST_FILLING = 4
+#: How many times as many queries, or examples, groups of heads may be filled up to for one kernel;
+#: and how many queries at most, which do not leave a GPU idle.
+MOST_FILLING, MOST_FILLED = 4, 2**17
 
 
 def can_fuse(examples):
@@ -287,12 +288,21 @@ def _fit_together(calls):
         return False
     if not all(native.has_cudnn(*group) for group in tensors):
         return False
-    for queries_or_keys in list(zip(*tensors))[:2]:
-        lengths, heads = zip(*(x.shape[1:3] for x in queries_or_keys))
-        used = sum(length * count for length, count in zip(lengths, heads))
-        if max(lengths) * sum(heads) > MOST_FILLING * used:
-            return False
-    return True
+    queries, keys, _ = zip(*tensors)
+    (used, filled), of_keys = _filling(queries), _filling(keys)
+    if used < filled and filled > MOST_FILLED:
+        return False
+    return filled <= MOST_FILLING * used and of_keys[1] <= MOST_FILLING * of_keys[0]
+
+
+def _filling(tensors):
+    """How many vectors there are, and how many once all sequences have the length of the longest.
+
+    Of `(B, T, H, D)`, which differ in T and H.
+    """
+    batches, lengths, heads, _ = zip(*(x.shape for x in tensors))
+    used = sum(length * count for length, count in zip(lengths, heads))
+    return batches[0] * used, batches[0] * max(lengths) * sum(heads)
 
 
 def _answer_together(calls, scale):
