@@ -314,7 +314,7 @@ class Elu(FeatureMap):
     def query_features(self, x, weights):
         # Of negative numbers alone the largest is taken off, lest nothing is left of any.
         largest = native.largest(ops.stop_gradient(x), axis=-1, keepdims=True)
-        return self.features(x - ops.minimum(largest, 0.0), weights)
+        return self.features(x - native.at_most(largest, 0), weights)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

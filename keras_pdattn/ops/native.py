@@ -190,6 +190,11 @@ def at_most(x, most):
     return x.clamp(max=most) if IS_TORCH else ops.minimum(x, most)
 
 
+def one_for_zero(x):
+    """`x` with ones in place of zeros."""
+    return x.masked_fill(x == 0, 1.0) if IS_TORCH else ops.where(x == 0, 1.0, x)
+
+
 def largest(x, axis, keepdims=False):
     """`ops.max`, which breaks a graph that torch compiles."""
     if IS_TORCH:
