@@ -5,7 +5,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_pdattn.ops import dtypes, native, sums
+from keras_pdattn.ops import dtypes, native, statistics, sums
 
 RNG = np.random.default_rng(0)
 
@@ -90,3 +90,30 @@ def test_cast():
     x = keras.ops.ones((2,), dtype="float32")
     assert dtypes.cast(x, "float32") is x
     assert keras.backend.standardize_dtype(dtypes.cast(x, "bfloat16").dtype) == "bfloat16"
+
+
+@pytest.mark.skipif(backends.BACKEND != "torch", reason="the gradient is the backend's own")
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 300])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_moments_of_prefixes(monkeypatch, length, is_padded):
+    """Torch's own way against that of other backends: values, gradients and theirs."""
+    import torch
+
+    x = torch.tensor(normal(2, length, 3, 4), dtype=torch.float64, requires_grad=True)
+    mask = RNG.random((2, length)) < 0.7 if is_padded else None
+    factors = [torch.tensor(normal(*x.shape), dtype=torch.float64) for _ in range(2)]
+
+    def moments(x):
+        return statistics.prefix_moments(x, None, mask)[1:]
+
+    def values_and_gradients():
+        found = moments(x)
+        loss = sum((one * factor).sum() for one, factor in zip(found, factors))
+        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
+        (second,) = torch.autograd.grad((gradient * factors[0]).sum(), x)
+        return [y.detach().numpy() for y in (*found, gradient, second)]
+
+    ours = values_and_gradients()
+    monkeypatch.setattr(native, "is_eager_torch", lambda: False)
+    for one, other in zip(ours, values_and_gradients(), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-9)

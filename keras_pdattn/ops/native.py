@@ -190,6 +190,21 @@ def at_most(x, most):
     return x.clamp(max=most) if IS_TORCH else ops.minimum(x, most)
 
 
+def is_eager_torch():
+    """Whether torch runs operations as they come, one pass over tensors each."""
+    return IS_TORCH and not torch_native.is_compiling()
+
+
+def prefix_moments(x, weight, count):
+    """`_prefix_moments` of `ops.statistics`, on torch, in place and with a gradient of its own."""
+    return torch_native.PrefixMoments.apply(x, weight, count)
+
+
+def run_length(x):
+    """How many entries are summed up before runs of them are, on torch."""
+    return torch_native.run_length(x)
+
+
 def one_for_zero(x):
     """`x` with ones in place of zeros."""
     return x.masked_fill(x == 0, 1.0) if IS_TORCH else ops.where(x == 0, 1.0, x)
@@ -207,7 +222,7 @@ def exp_below_zero(x):
 
     Run eagerly on torch, a gradient of its own saves half of the passes over `x`.
     """
-    if IS_TORCH and not torch_native.is_compiling():
+    if is_eager_torch():
         return torch_native.ExpBelowZero.apply(x)
     # `x` less its positive part is its negative part, with the slope of `x` at zero.
     positive = ops.relu(x)

@@ -68,20 +68,27 @@ def prefix_moments(x, limit, mask=None):
     """
     x = widen(x)
     if mask is None:
+        weight = None
         count = native.reshape(ops.arange(1, native.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
-        counted, mean = count, cumulative_sum(x, axis=1) / count
     else:
         weight = append_axes(ops.cast(mask, x.dtype), 2)
         count = cumulative_sum(weight, axis=1)
-        counted = weight * count
-        mean = cumulative_sum(x * weight, axis=1) / native.at_least(count, 1)
-    # From the mean that takes an example in; the first is its own mean.
-    share = counted / native.at_least(count - 1, 1)
-    squares = cumulative_sum(share * ops.square(x - mean), axis=1)
+    moments = native.prefix_moments if native.is_eager_torch() else _prefix_moments
+    mean, squares = moments(x, weight, count)
     moments = count, mean, squares
     if limit is None:
         return moments
     return tuple(take_along_time(lead_with_zero(y), limit) for y in moments)
+
+
+def _prefix_moments(x, weight, count):
+    """Mean and squares of `prefix_moments`; `weight` is 1 where counted, `None` for all."""
+    total = cumulative_sum(x if weight is None else x * weight, axis=1)
+    mean = total / native.at_least(count, 1)
+    # From the mean that takes an example in; the first is its own mean.
+    share = count / native.at_least(count - 1, 1)
+    share = share if weight is None else share * weight
+    return mean, cumulative_sum(share * ops.square(x - mean), axis=1)
 
 
 def append_example(moments_before, x, mask=None):

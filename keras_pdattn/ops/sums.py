@@ -6,15 +6,14 @@ from keras_pdattn.ops import native
 from keras_pdattn.ops.indexing import delay, fit_axis, join_axes, split_axis
 
 #: Entries that are summed up before runs of them are: backends add up short axes several times
-#: as fast as long ones. Of 8, 16, 32 and 64 this was the fastest on each; on a GPU, with torch,
-#: whose sums take one entry after the other there, of 16 to 128 the other.
-RUN, RUN_ON_GPU = 16, 64
+#: as fast as long ones. Of 8, 16, 32 and 64 this was the fastest on each.
+RUN = 16
 
 
 def cumulative_sum(x, axis):
     """`keras.ops.cumsum` in the dtype of `x`, float64 included."""
     length = x.shape[axis]
-    run = RUN_ON_GPU if native.is_cuda(x) else RUN
+    run = native.run_length(x) if native.IS_TORCH else RUN
     if not isinstance(length, int) or length < RUN**2:
         return _cumulative_sum(x, axis)
     runs = split_axis(fit_axis(x, axis, -(-length // run) * run), axis, run)

@@ -79,3 +79,66 @@ class ExpBelowZero(torch.autograd.Function):
     def backward(ctx, gradient):
         (output,) = ctx.saved_tensors
         return gradient * output.clamp(max=1)
+
+
+class PrefixMoments(torch.autograd.Function):
+    """Means of the prefixes of `x`, and sums of their squared deviations, `(B, T, H, D)`.
+
+    The gradient of a sum of squared deviations from a mean needs not look through the mean.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, weight, count):
+        mean = _prefix_sums(x if weight is None else x * weight).div_(count.clamp(min=1))
+        share = count / (count - 1).clamp_(min=1)
+        share = share if weight is None else share * weight
+        deviation = x - mean
+        return mean, _prefix_sums(deviation.mul_(deviation).mul_(share))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[0])
+
+    @staticmethod
+    def backward(ctx, of_mean, of_squares):
+        x, weight, count, mean = ctx.saved_tensors
+        constant = _suffix_sums(of_mean / count.clamp(min=1) - 2 * of_squares * mean)
+        gradient = constant + 2 * x * _suffix_sums(of_squares)
+        return gradient if weight is None else gradient * weight, None, None
+
+
+def run_length(x):
+    """How many entries of `x` are summed up before runs of them are.
+
+    On a CPU, of 8 to 64 the fastest; on a GPU, which sums one entry after the other, of 16 to 128.
+    """
+    return 64 if x.is_cuda else 16
+
+
+def _prefix_sums(x):
+    """For each entry along time the sum of it and all before, `(B, T, H, D)`."""
+    runs = _in_runs(x).cumsum(2)
+    runs[:, 1:].add_(runs[:, :-1, -1:].cumsum(1))
+    return _joined(runs, x)
+
+
+def _suffix_sums(x):
+    """For each entry along time the sum of it and all behind, `(B, T, H, D)`."""
+    size = run_length(x)
+    runs = torch.ones(size, size, dtype=x.dtype, device=x.device).triu() @ _in_runs(x)
+    behind = runs[:, :, :1].flip(1).cumsum(1).flip(1)[:, 1:]
+    return _joined(runs + functional.pad(behind, [0, 0, 0, 0, 0, 1]), x)
+
+
+def _in_runs(x):
+    size = run_length(x)
+    rest = -x.shape[1] % size
+    x = functional.pad(x, [0, 0, 0, 0, 0, rest]) if rest else x
+    return x.reshape(x.shape[0], -1, size, x.shape[2] * x.shape[3])
+
+
+def _joined(runs, x):
+    """Undoes `_in_runs` of `x`."""
+    return runs.flatten(1, 2)[:, : x.shape[1]].reshape(x.shape)
