@@ -192,7 +192,7 @@ def at_most(x, most):
 
 def is_eager_torch():
     """Whether torch runs operations as they come, one pass over tensors each."""
-    return IS_TORCH and not torch_native.is_compiling()
+    return IS_TORCH and not (torch_native.is_compiling() or torch_native.is_tracing())
 
 
 def prefix_moments(x, weight, count):
