@@ -50,14 +50,14 @@ def training_of(layer, compiles_torch=False, **call):
 
         fixed = [weight.value for weight in layer.non_trainable_variables]
 
-        def stateless_loss(variables, x):
+        def stateless_loss(x, variables):
             output, _ = layer.stateless_call(variables, fixed, x, x, **call)
             return keras.ops.mean(keras.ops.square(output))
 
         gradients = jax.jit(jax.grad(stateless_loss, argnums=(0, 1)))
         variables = [weight.value for weight in layer.trainable_variables]
 
-        return lambda x: gradients(variables, x)
+        return lambda x: gradients(x, variables)
     import tensorflow as tf
 
     @tf.function(jit_compile=True, reduce_retracing=False)

@@ -206,7 +206,7 @@ class Softmax(FeatureMap):
 
     \(\Phi\) holds the scaled monomials of the Taylor series of exp, so the layer
     works in the dual form: with the fused kernel of the backend where there is one and
-    scores, dropout or (but on PyTorch) a causal scaled head do not need the weights
+    scores, dropout or (but on PyTorch) a masked causal scaled head do not need the weights
     themselves; else in blocks of queries, so that memory grows with the keys and not with
     the pairs.
 
@@ -244,8 +244,8 @@ class Softmax(FeatureMap):
         if insists and not (can_fuse and examples.own is None):
             raise ValueError(
                 "`flash_attention=True` and `form='fused'` can't be kept: dropout, attention "
-                "scores, causal scaled heads, float64 and, on JAX, values of another depth than "
-                "keys need the attention weights themselves. "
+                "scores, float64 and, on JAX, values of another depth than keys need the attention "
+                "weights themselves, and causal scaled heads more than a kernel. "
                 f"Received: flash_attention={flash_attention}, form={form!r}"
             )
         if insists or (form is None and can_fuse and fused.is_fastest(query, examples)):
@@ -260,7 +260,8 @@ class Softmax(FeatureMap):
 
     @property
     def attends_to_groups(self):
-        return fused.has_kernel_for_groups()
+        # An `attend` of a subclass may do otherwise.
+        return type(self).attend is Softmax.attend and fused.has_kernel_for_groups()
 
     def attend_to_groups(self, queries, examples):
         """The outputs of groups of heads, each with examples of its own, by one kernel.

@@ -4,6 +4,7 @@ And what goes with blocks: dropout whose draws a backward pass repeats, means th
 before projections, one trace for each shape.
 """
 
+import dataclasses
 import math
 
 import backends
@@ -14,10 +15,11 @@ from members import every_member_compiled
 from problems import assert_close
 from test_forms import arrays, check_same, value_and_gradients
 
-from keras_pdattn import Primal, layers, ops, primals
+from keras_pdattn import Primal, feature_maps, layers, ops, primals
 from keras_pdattn.layers import projections
 from keras_pdattn.ops import dual, fused, native
-from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
+from keras_pdattn.ops.examples import OwnExample
+from keras_pdattn.training_sets import ScaledHeads, SlidingWindow, TrainingSet
 from keras_pdattn.transforms import BatchNorm
 
 #: Members that work through the weights of all pairs.
@@ -130,6 +132,7 @@ def test_causal_scaled_heads_by_place(monkeypatch, primal, lengths):
         return attend(query, key, value, mask, scale, is_causal, *rest)
 
     monkeypatch.setattr(fused, "is_fastest", lambda query, examples: True)
+    monkeypatch.setattr(fused, "can_fuse", lambda examples: True)
     monkeypatch.setattr(native, "softmax_attention", record)
     inputs = arrays(*lengths, batch=2)
     whole, by_place = (
@@ -154,10 +157,18 @@ def on_gpu(monkeypatch):
         return attend(query, key, *rest)
 
     monkeypatch.setattr(native, "jax_runs_on_gpu", lambda: True)
+    monkeypatch.setattr(native, "runs_on_gpu", lambda: False)
     monkeypatch.setattr(native.jax_native, "has_cudnn", lambda dtype, depth: True)
     monkeypatch.setattr(native, "softmax_attention_of_lengths", record)
     monkeypatch.setattr(fused, "accumulator", lambda dtype: "float64")
     return calls
+
+
+class HalfAsSharp(feature_maps.Softmax):
+    """A user's kernel, of which `attend` alone is another."""
+
+    def attend(self, query, *arguments):
+        return super().attend(query / 2, *arguments)
 
 
 only_on_jax = pytest.mark.skipif(
@@ -199,9 +210,11 @@ def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
         {"dropout": 0.5, "seed": 1},
         {"return_scores": True},
         {"form": "blocks"},
+        {"flash_attention": False},
         {"query_start": 3, "is_causal": True},
     ):
         ops.attention(*inputs, OWN, **options)
+    ops.attention(*inputs, Primal(HalfAsSharp(), training_set=ScaledHeads((1, 3))))
     far_apart = Primal(training_set=ScaledHeads((1, 64)))
     ops.attention(*inputs, far_apart, is_causal=True)
     ops.attention(*inputs, "softmax")
@@ -233,6 +246,38 @@ def test_shapes_that_cudnn_takes_in_jax(on_gpu, primal, is_causal, kind):
     )
     assert on_gpu or is_causal
     check_same(by_kernel, whole, tolerance=5e-5)
+
+
+@pytest.mark.parametrize("depths", [(1, 1), (2, 2), (2, 40), (40, 2)], ids=str)
+@pytest.mark.parametrize("kind", ["plain", "padded"])
+def test_own_examples_of_any_depth(small_blocks, kind, depths):
+    """Features for them fill vectors up to a width that the kernel takes."""
+    rng = np.random.default_rng(0)
+    sizes = (depths[0], depths[0], depths[1])
+    inputs = [rng.normal(size=(2, 21, 2, size)).astype("float32") for size in sizes]
+    options = {"is_causal": True, **masks_of(kind, 21, 21)}
+    whole, fastest = (ops.attention(*inputs, OWN, form=form, **options) for form in ("whole", None))
+    assert_close(backends.to_numpy(fastest), backends.to_numpy(whole), 1e-5)
+
+
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_own_examples_that_users_give(small_blocks, is_causal):
+    """A key of each query's own besides all others, that of scaled heads or not."""
+
+    class Sink(TrainingSet):
+        def select(self, keys, queries):
+            own = OwnExample(queries.x, 0 * queries.x)
+            return dataclasses.replace(keys, own=own)
+
+        def has_causal_form(self, num_axes):
+            return True
+
+    inputs = arrays(21, batch=2)
+    whole, fastest = (
+        ops.attention(*inputs, Primal(training_set=Sink()), is_causal=is_causal, form=form)
+        for form in ("whole", None)
+    )
+    assert_close(backends.to_numpy(fastest), backends.to_numpy(whole), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

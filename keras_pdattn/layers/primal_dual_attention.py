@@ -462,10 +462,8 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
             return False
         denses = self._key_dense, self._value_dense
         return all(
-            projections.is_plain(dense, self.compute_dtype)
-            and projections.is_better_late(dense, sizes)
-            for dense in denses
-        )
+            projections.is_plain(dense, self.compute_dtype) for dense in denses
+        ) and projections.are_better_late(self._key_dense.weights[0], sizes)
 
     def _is_overridden(self):
         return type(self)._compute_attention is not PrimalDualAttention._compute_attention

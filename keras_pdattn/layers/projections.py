@@ -46,13 +46,13 @@ def is_plain(dense, compute_dtype):
 LEAST_LATE = 2048
 
 
-def is_better_late(dense, sizes):
+def are_better_late(weight, sizes):
     """Whether means of inputs, that run over axes of these sizes, are better projected than they.
 
     It is fewer products, and more operations, for which a GPU, and torch on a short sequence,
-    wait longer.
+    wait longer. `weight` is one of the layer, and where that is.
     """
-    if native.runs_on_gpu() or native.is_cuda(native.value(dense.kernel)):
+    if native.runs_on_gpu() or native.is_cuda(native.value(weight)):
         return False
     is_known = all(isinstance(size, int) for size in sizes)
     return not (native.IS_TORCH and is_known) or math.prod(sizes) >= LEAST_LATE

@@ -254,10 +254,10 @@ class _Problem:
         return keys.is_causal and not has_causal_form(self.primal, self.training_set, keys.grid)
 
     @property
-    def asks_for_weights(self):
+    def asks_for_more(self):
         """Whether more is asked for than the output, by whatever way there is to it."""
-        asked = self.return_scores, self.flash_attention, self.form, self.dropout
-        return any(one not in (None, False) for one in asked)
+        asked = self.flash_attention, self.form, self.dropout
+        return self.return_scores or any(one is not None for one in asked)
 
     def state(self):
         """The queries, what they are fitted on, and that transformed."""
@@ -297,7 +297,7 @@ def _solve_all(problems):
     """Output, and scores or `None`, of each problem."""
     first = problems[0]
     is_one_by_one = len(problems) == 1 or any(problem.needs_prefixes for problem in problems)
-    if is_one_by_one or first.asks_for_weights or not first.primal.feature_map.attends_to_groups:
+    if is_one_by_one or first.asks_for_more or not first.primal.feature_map.attends_to_groups:
         return [problem.solve() for problem in problems]
     stated = [problem.state() for problem in problems]
     outputs = first.primal.feature_map.attend_to_groups(

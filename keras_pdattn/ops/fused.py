@@ -27,13 +27,17 @@ MOST_FILLING, MOST_FILLED = 4, 2**17
 
 
 def can_fuse(examples):
-    """Whether the kernel takes such examples, and keeps their dtype."""
+    """Whether the kernel takes such examples, keeps their dtype and writes down no weights."""
     if is_double(examples.value.dtype):
         return False
-    if native.IS_TORCH or _sees_all_before(examples):
-        return True
+    if examples.own is not None:
+        if native.IS_TORCH:
+            return examples.is_causal
+        dtype = keras.backend.standardize_dtype(examples.value.dtype)
+        width = _width_with_own(examples)
+        return _sees_all_before(examples) and native.has_cudnn(dtype, width)
     has_one_depth = examples.key.shape[-1] == examples.value.shape[-1]
-    return examples.own is None and (has_one_depth or keras.backend.backend() != "jax")
+    return has_one_depth or not native.IS_JAX
 
 
 def is_fastest(query, examples):
@@ -61,7 +65,7 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
         The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
     """
     if _sees_all_before(examples):
-        return _Call.of(query, examples).answer(scale)
+        return _Call.of(query, examples).answer(scale, flash_attention)
     if examples.is_causal and _takes_masks_for_causality(flash_attention, examples):
         return _in_causal_blocks(query, examples, scale)
     mask, is_causal = examples.kernel_mask(), examples.is_triangular
@@ -88,7 +92,8 @@ def fused_attention_of_groups(queries, examples, scale):
     Returns:
         List of outputs, `(B, T, H, Dv)`; `None` where no kernel takes these together.
     """
-    if any(map(_is_restricted, examples)):
+    dtypes = {keras.backend.standardize_dtype(x.dtype) for x in queries}
+    if not native.has_cudnn(*dtypes, queries[0].shape[3]) or any(map(_is_restricted, examples)):
         return None
     calls = [_Call.of(*group) for group in zip(queries, examples)]
     return _answer_together(calls, scale) if _fit_together(calls) else None
@@ -96,10 +101,14 @@ def fused_attention_of_groups(queries, examples, scale):
 
 def _is_restricted(examples):
     """Whether more than causality, in a form that kernels know, limits queries."""
-    if examples.own is None and examples.is_causal and not examples.is_triangular:
-        return True
-    is_own_hidden = examples.own is not None and examples.own.visibility() is not None
-    return is_own_hidden or examples.restrictions() is not None
+    own = examples.own
+    limits = [examples.mask, examples.visible, examples.window]
+    if own is None:
+        is_known = examples.is_triangular or not examples.is_causal
+    else:
+        is_known = examples.is_causal and not examples.is_triangular
+        limits += [own.mask, own.visible, examples.start, examples.query_start]
+    return not is_known or any(limit is not None for limit in limits)
 
 
 def _attend(query, examples, mask, sighted, scale, is_causal=False, flash_attention=None):
@@ -116,12 +125,11 @@ def _attend(query, examples, mask, sighted, scale, is_causal=False, flash_attent
 def _by_kernel(query, key, value, mask, scale, is_causal, flash_attention=None):
     """`native.softmax_attention`, in the shapes that a kernel of cuDNN takes in JAX.
 
-    That has no gradient for odd lengths, nor masks that are broadcast over queries. Keras would
-    write down all weights instead.
+    That has no gradient for odd lengths, nor masks that are broadcast over queries: Keras would
+    write down all weights instead, as it may for a single query.
     """
     lengths = query.shape[1], key.shape[1]
-    is_taken = mask is None and not any(length % 2 for length in lengths if length is not None)
-    if is_taken or not native.has_cudnn(query, key, value):
+    if flash_attention is False or not _has_cudnn(query, key, value) or not _is_odd(mask, lengths):
         return native.softmax_attention(query, key, value, mask, scale, is_causal, flash_attention)
     query, key, value = (fit_axis(x, 1, even(x.shape[1])) for x in (query, key, value))
     of_each = [np.full(query.shape[0], length, "int32") for length in lengths]
@@ -136,10 +144,24 @@ def _by_kernel(query, key, value, mask, scale, is_causal, flash_attention=None):
     return output[:, : lengths[0]]
 
 
+def _is_odd(mask, lengths):
+    """Whether a kernel of cuDNN wants other shapes for several queries."""
+    return lengths[0] > 1 and (mask is not None or any(length % 2 for length in lengths))
+
+
+def _has_cudnn(*tensors):
+    """Whether JAX has a kernel of cuDNN for queries, keys and values, whose sizes are known."""
+    if not native.jax_runs_on_gpu():
+        return False
+    is_known = all(isinstance(size, int) for x in tensors for size in x.shape)
+    dtypes = {keras.backend.standardize_dtype(x.dtype) for x in tensors}
+    depths = {x.shape[3] for x in tensors}
+    return is_known and len(dtypes) == len(depths) == 1 and native.has_cudnn(*dtypes, *depths)
+
+
 def _takes_masks_for_causality(flash_attention, examples):
     """Whether torch is to choose a kernel, and causality is not all that limits queries."""
-    is_causal_only = examples.is_triangular and examples.kernel_mask() is None
-    return native.IS_TORCH and not flash_attention and not is_causal_only
+    return native.IS_TORCH and not flash_attention and _is_restricted(examples)
 
 
 def _in_causal_blocks(query, examples, scale):
@@ -186,18 +208,23 @@ def _lead_with_own(query, examples):
     of the query take off: no softmax notices. Its value is zero, and a column of ones tells what
     weight the others have; the rest is the weight of the own value.
     """
-    own, depth = examples.own, examples.value.shape[-1]
+    own = examples.own
     less = -ops.sum(widen(query) * native.widened(own.key), axis=-1, keepdims=True)
     # In two numbers, as 16 bits would round one off.
     high = cast(less, query.dtype)
     low = cast(less - native.widened(high), query.dtype)
-    width = -(-(max(query.shape[-1], depth) + 2) // ALIGNMENT) * ALIGNMENT
-    rest = ops.zeros_like(query[..., : width - query.shape[-1] - 2])
-    query = ops.concatenate([query, high, low, rest], axis=-1)
+    width = _width_with_own(examples)
+    query = fit_axis(ops.concatenate([query, high, low], axis=-1), 3, width)
     key, value = (
         lead_with_zero(fit_axis(x, 3, width, fill=1)) for x in (examples.key, examples.value)
     )
     return query, dataclasses.replace(examples, key=key, value=value)
+
+
+def _width_with_own(examples):
+    """How wide vectors are with features for own examples."""
+    depth = max(examples.key.shape[-1], examples.value.shape[-1])
+    return -(-(depth + 2) // ALIGNMENT) * ALIGNMENT
 
 
 def _mix_with_own(output, own):
@@ -274,10 +301,10 @@ class _Call:
         key, value = at_each_place(examples.key), at_each_place(examples.value)
         return cls(query, key, value, True, finish)
 
-    def answer(self, scale):
+    def answer(self, scale, flash_attention):
         """The output of the queries."""
         tensors = [for_products(x) for x in (self.query, self.key, self.value)]
-        output = _by_kernel(*tensors, None, scale, self.is_causal)
+        output = _by_kernel(*tensors, None, scale, self.is_causal, flash_attention)
         return self.finish(cast(output, self.value.dtype))
 
 
@@ -286,7 +313,7 @@ def _fit_together(calls):
     tensors = [(call.query, call.key, call.value) for call in calls]
     if len({call.is_causal for call in calls}) > 1:
         return False
-    if not all(native.has_cudnn(*group) for group in tensors):
+    if not all(_has_cudnn(*group) for group in tensors):
         return False
     queries, keys, _ = zip(*tensors)
     (used, filled), of_keys = _filling(queries), _filling(keys)

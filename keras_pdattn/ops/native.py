@@ -139,19 +139,9 @@ def softmax_attention(query, key, value, mask, scale, is_causal, flash_attention
     )
 
 
-def has_cudnn(query, key, value):
-    """Whether `softmax_attention_of_lengths` of such tensors is a kernel of cuDNN, in JAX.
-
-    Their sizes are known then.
-    """
-    if not jax_runs_on_gpu():
-        return False
-    is_known = all(isinstance(size, int) for x in (query, key, value) for size in x.shape)
-    dtypes = {keras.backend.standardize_dtype(x.dtype) for x in (query, key, value)}
-    depths = {x.shape[3] for x in (query, key, value)}
-    if not is_known or len(dtypes) > 1 or len(depths) > 1:
-        return False
-    return jax_native.has_cudnn(*dtypes, *depths)
+def has_cudnn(dtype, depth):
+    """Whether `softmax_attention_of_lengths` of such tensors is a kernel of cuDNN, in JAX."""
+    return jax_runs_on_gpu() and jax_native.has_cudnn(dtype, depth)
 
 
 def softmax_attention_of_lengths(
