@@ -82,7 +82,7 @@ def test_importing_needs_keras_and_its_backend_only():
 
 @pytest.mark.parametrize("file", sorted(ROOT.rglob("*.py")), ids=lambda file: file.name)
 def test_sources(file):
-    """A backend is imported in its own place, and no axis added by indexing with None (for LiteRT)."""
+    """Backends are imported in their own place; no axis by indexing with None (for LiteRT)."""
     source = file.read_text()
     imported = re.findall(r"^\s*(?:import|from) (torch|jax|tensorflow)\b", source, re.MULTILINE)
     own, _, suffix = file.stem.partition("_")
