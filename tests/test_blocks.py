@@ -145,16 +145,16 @@ def test_causal_scaled_heads_by_place(monkeypatch, primal, lengths):
 
 @pytest.fixture
 def on_gpu(monkeypatch):
-    """JAX as on a GPU, where kernels take float32 too; the shapes in each call of one with lengths.
+    """JAX as on a GPU, where kernels take float32 too; the mask in each call of one with lengths.
 
     The kernel is that of XLA for CPUs.
     """
     calls, attend = [], native.softmax_attention_of_lengths
 
-    def record(query, key, *rest):
-        calls.append((query.shape, key.shape))
+    def record(query, key, value, query_lengths, key_lengths, scale, is_causal, mask=None):
+        calls.append(mask)
         assert query.shape[1] % 2 == key.shape[1] % 2 == 0
-        return attend(query, key, *rest)
+        return attend(query, key, value, query_lengths, key_lengths, scale, is_causal, mask)
 
     monkeypatch.setattr(native, "jax_runs_on_gpu", lambda: True)
     monkeypatch.setattr(native, "runs_on_gpu", lambda: False)
@@ -245,7 +245,30 @@ def test_shapes_that_cudnn_takes_in_jax(on_gpu, primal, is_causal, kind):
         value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", None)
     )
     assert on_gpu or is_causal
+    has_masks = kind in ("masked", "by head") or (primal is OWN and is_causal)
+    assert has_masks or all(mask is None for mask in on_gpu)
     check_same(by_kernel, whole, tolerance=5e-5)
+
+
+@only_on_jax
+def test_padding_by_a_feature_in_16_bits(on_gpu):
+    """Zeros for a row of padding alone, finite gradients, and no score of a hidden key."""
+    key_mask = np.ones((2, 18), bool)
+    key_mask[1], key_mask[0, 9:] = False, False
+
+    def attend(*tensors):
+        narrow = [keras.ops.cast(30 * x, "bfloat16") for x in tensors]
+        return keras.ops.cast(ops.attention(*narrow, "softmax", key_mask=key_mask), "float32")
+
+    inputs = arrays(21, 18, batch=2)
+    output = backends.to_numpy(attend(*inputs))
+    assert on_gpu == [None]
+    assert not output[1].any()
+    inputs[2][0, 9:] = 1e4
+    assert_close(backends.to_numpy(attend(*inputs)), output, 0)
+    for gradient in backends.gradients(lambda *x: keras.ops.sum(attend(*x)), inputs):
+        assert np.isfinite(gradient).all()
+        assert not gradient[1].any()
 
 
 @pytest.mark.parametrize("depths", [(1, 1), (2, 2), (2, 40), (40, 2)], ids=str)

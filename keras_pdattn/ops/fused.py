@@ -5,11 +5,12 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+import ml_dtypes
 import numpy as np
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import accumulator, cast, is_double, widen
+from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast, is_double, widen
 from keras_pdattn.ops.indexing import even, fit_axis, lead_with_zero, swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, in_output_layout
 
@@ -131,6 +132,11 @@ def _by_kernel(query, key, value, mask, scale, is_causal, flash_attention=None):
     lengths = query.shape[1], key.shape[1]
     if flash_attention is False or not _has_cudnn(query, key, value) or not _is_odd(mask, lengths):
         return native.softmax_attention(query, key, value, mask, scale, is_causal, flash_attention)
+    depth, dtype = value.shape[3], keras.backend.standardize_dtype(value.dtype)
+    is_of_keys = mask is not None and mask.shape[1] == mask.shape[2] == 1
+    if is_of_keys and native.has_cudnn(dtype, depth + ALIGNMENT):
+        query, key, value = _hide_keys(query, key, value, mask)
+        mask = None
     query, key, value = (fit_axis(x, 1, even(x.shape[1])) for x in (query, key, value))
     of_each = [np.full(query.shape[0], length, "int32") for length in lengths]
     if mask is not None:
@@ -141,7 +147,21 @@ def _by_kernel(query, key, value, mask, scale, is_causal, flash_attention=None):
     output = native.softmax_attention_of_lengths(
         query, key, value, *of_each, scale, is_causal, mask
     )
-    return output[:, : lengths[0]]
+    return output[:, : lengths[0], :, :depth]
+
+
+def _hide_keys(query, key, value, mask):
+    """Queries, keys and values, a feature hiding what `mask`, `(B or 1, 1, 1, S)`, leaves out.
+
+    Of a mask, the kernel would have an entry for each query and key.
+    """
+    hidden = ops.where(mask, 0.0, max(NOTHING, float(ml_dtypes.finfo(key.dtype).min) / 2))
+    hidden = cast(ops.transpose(hidden, (0, 3, 2, 1)), key.dtype)
+    hidden = ops.broadcast_to(hidden, (*key.shape[:3], 1))
+    width = key.shape[3] + ALIGNMENT
+    query = fit_axis(fit_axis(query, 3, query.shape[3] + 1, fill=1), 3, width)
+    key = fit_axis(ops.concatenate([key, hidden], axis=-1), 3, width)
+    return query, key, fit_axis(value, 3, width)
 
 
 def _is_odd(mask, lengths):
