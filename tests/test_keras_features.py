@@ -298,3 +298,22 @@ def test_a_remat_scope(primal):
         one.fit(X, X[:, ::-1], verbose=0)
     for weights in zip(model.get_weights(), plain.get_weights()):
         np.testing.assert_allclose(*weights, rtol=0, atol=1e-6)
+
+
+@pytest.mark.skipif(backends.BACKEND != "torch", reason="an export of torch's")
+@pytest.mark.parametrize("primal", ["softmax", "batch_norm"])
+@pytest.mark.parametrize("use_causal_mask", [False, True], ids=["whole", "causal"])
+def test_torch_exports_any_length(primal, use_causal_mask):
+    """One graph for every batch size and length: no size decides on what is done."""
+    import torch
+
+    inputs = keras.Input((None, 16))
+    layer = layers.PrimalDualAttention(4, 4, primal=primal)
+    model = keras.Model(inputs, layer(inputs, inputs, use_causal_mask=use_causal_mask))
+    any_size = {0: torch.export.Dim.AUTO, 1: torch.export.Dim.AUTO}
+    exported = torch.export.export(
+        model, (torch.randn(2, 6, 16),), dynamic_shapes=((any_size,),), strict=False
+    )
+    for shape in ((2, 6, 16), (3, 9, 16), (1, 300, 16)):
+        x = torch.randn(shape)
+        np.testing.assert_allclose(values(exported.module()(x)), values(model(x)), atol=1e-5)

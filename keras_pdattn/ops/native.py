@@ -81,7 +81,7 @@ def split(x, sizes, axis):
 
 
 def mean(x, axis, dtype=None, keepdims=False):
-    """The mean of `x` along an axis, of known size, added up in float32 or wider.
+    """The mean of `x` along an axis, of known size but on torch, added up in float32 or wider.
 
     In `dtype`, that of `x` if `None`.
     """

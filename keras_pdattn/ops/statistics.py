@@ -22,7 +22,7 @@ def mean(x, mask=None):
     Returns:
         Tensor `(batch, 1, heads, depth)`, zero where `mask` leaves nothing.
     """
-    if mask is None and isinstance(x.shape[1], int):
+    if mask is None and (native.IS_TORCH or isinstance(x.shape[1], int)):
         return native.mean(x, 1, accumulator(x.dtype), keepdims=True)
     x = widen(x)
     if mask is not None:
