@@ -3,22 +3,7 @@
 import functools
 
 import jax
-
-
-def softmax_attention_of_lengths(
-    query, key, value, query_lengths, key_lengths, scale, is_causal, mask, implementation
-):
-    return jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
-        mask=mask,
-        scale=scale,
-        is_causal=is_causal,
-        query_seq_lengths=query_lengths,
-        key_value_seq_lengths=key_lengths,
-        implementation=implementation,
-    )
+from jax.nn import dot_product_attention
 
 
 @functools.cache
@@ -26,12 +11,13 @@ def has_cudnn(dtype, depth):
     """Whether cuDNN has a kernel for such tensors on this machine, and for its gradient."""
     x, lengths = jax.ShapeDtypeStruct((1, 64, 1, depth), dtype), jax.ShapeDtypeStruct((1,), "int32")
 
-    def total(query, key, value, query_lengths, key_lengths):
-        rest = query_lengths, key_lengths, 1.0, False, None, "cudnn"
-        return softmax_attention_of_lengths(query, key, value, *rest).sum()
+    def total(query, key, value, lengths):
+        options = {"query_seq_lengths": lengths, "key_value_seq_lengths": lengths}
+        output = dot_product_attention(query, key, value, implementation="cudnn", **options)
+        return output.sum()
 
     try:
-        jax.eval_shape(jax.grad(total), x, x, x, lengths, lengths)
+        jax.eval_shape(jax.grad(total), x, x, x, lengths)
     except (NotImplementedError, RuntimeError, ValueError):
         return False
     return True

@@ -164,9 +164,16 @@ def softmax_attention_of_lengths(
     Returns:
         Tensor `(sequences, T, heads, depth)`.
     """
-    implementation = "cudnn" if runs_on_gpu() else "xla"
-    return jax_native.softmax_attention_of_lengths(
-        query, key, value, query_lengths, key_lengths, scale, is_causal, mask, implementation
+    return jax_native.dot_product_attention(
+        query,
+        key,
+        value,
+        mask=mask,
+        scale=scale,
+        is_causal=is_causal,
+        query_seq_lengths=query_lengths,
+        key_value_seq_lengths=key_lengths,
+        implementation="cudnn" if runs_on_gpu() else "xla",
     )
 
 
