@@ -114,8 +114,6 @@ def _is_restricted(examples):
 
 def _attend(query, examples, mask, sighted, scale, is_causal=False, flash_attention=None):
     tensors = query, examples.key, examples.value
-    if not flash_attention:
-        tensors = [for_products(tensor) for tensor in tensors]
     output = _by_kernel(*tensors, mask, scale, is_causal, flash_attention)
     if sighted is not None:
         # The kernels give the mean of all values where every score is masked.
@@ -129,6 +127,8 @@ def _by_kernel(query, key, value, mask, scale, is_causal, flash_attention=None):
     That has no gradient for odd lengths, nor masks that are broadcast over queries: Keras would
     write down all weights instead, as it may for a single query.
     """
+    if not flash_attention:
+        query, key, value = (for_products(x) for x in (query, key, value))
     lengths = query.shape[1], key.shape[1]
     if flash_attention is False or not _has_cudnn(query, key, value) or not _is_odd(mask, lengths):
         return native.softmax_attention(query, key, value, mask, scale, is_causal, flash_attention)
@@ -323,7 +323,7 @@ class _Call:
 
     def answer(self, scale, flash_attention):
         """The output of the queries."""
-        tensors = [for_products(x) for x in (self.query, self.key, self.value)]
+        tensors = self.query, self.key, self.value
         output = _by_kernel(*tensors, None, scale, self.is_causal, flash_attention)
         return self.finish(cast(output, self.value.dtype))
 
