@@ -237,10 +237,11 @@ def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
 @pytest.mark.parametrize("kind", ["plain", "padded", "masked", "by head"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
 @pytest.mark.parametrize("primal", [Primal(), OWN], ids=str)
-def test_shapes_that_cudnn_takes_in_jax(on_gpu, primal, is_causal, kind):
+@pytest.mark.parametrize("lengths", [(21, 18), (18, 21)], ids=str)
+def test_shapes_that_cudnn_takes_in_jax(on_gpu, primal, is_causal, kind, lengths):
     """Even lengths, and masks of queries times keys, whatever limits queries."""
-    inputs = arrays(21, 18, batch=2)
-    options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
+    inputs = arrays(*lengths, batch=2)
+    options = {"is_causal": is_causal, **masks_of(kind, *lengths)}
     whole, by_kernel = (
         value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", None)
     )
