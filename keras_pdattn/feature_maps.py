@@ -157,10 +157,14 @@ class FeatureMap(descriptions.WeightedMember):
                 "`flash_attention=True` and `form='fused'` need the softmax feature map. "
                 f"Received: feature_map={self!r}, flash_attention={flash_attention}, form={form!r}"
             )
-        query, examples = native.heads_apart(widen(query)), examples.with_keys(_widen_apart)
-        if examples.is_causal:  # Where values are needed twice.
-            examples = dataclasses.replace(examples, value=native.heads_apart(examples.value))
-        if form is None and self.uses_primal_form(query, examples, weights, return_weights):
+        query = native.heads_apart(widen(query))
+        uses_primal_form = form is None and self.uses_primal_form(
+            query, examples, weights, return_weights
+        )
+        if not (uses_primal_form and self.sums_come_first(query, examples, weights)):
+            examples = examples.projected().with_keys(native.heads_apart)
+        examples = examples.with_keys(widen)
+        if uses_primal_form:
             query = self.query_features(query, weights)
             examples = examples.with_scaled_keys(lambda key: self.key_features(key, weights))
             result = states.primal_attention(query, examples), None, None
@@ -179,8 +183,22 @@ class FeatureMap(descriptions.WeightedMember):
             return False
         widths = self.widths(query, weights)
         lengths = query.shape[1], examples.key.shape[1]
-        sizes = (*lengths, *widths, examples.value.shape[-1])
+        sizes = (*lengths, *widths, examples.value_depth)
         return states.is_cheaper(*sizes, examples.is_causal, examples.stride)
+
+    def sums_come_first(self, query, examples, weights):
+        """Whether the state is better made of inputs, and projected, than of projected values."""
+        if examples.projections is None:
+            return False
+        num_features, _ = self.widths(query, weights)
+        sizes = examples.value.shape[-1], examples.value_depth
+        return states.sums_come_first(examples.key.shape[1], num_features, *sizes)
+
+    @property
+    def has_states(self):
+        """Whether `attend` may work with states, as above."""
+        # An `attend` of a subclass may do otherwise.
+        return self.is_finite and type(self).attend is FeatureMap.attend
 
     def widths(self, x, weights):
         """How wide the features of `x` are, and the vectors for the dual form.
@@ -191,10 +209,6 @@ class FeatureMap(descriptions.WeightedMember):
             function(x[:, :1], weights).shape[-1]
             for function in (self.query_features, self.dual_query)
         ]
-
-
-def _widen_apart(key):
-    return native.heads_apart(widen(key))
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

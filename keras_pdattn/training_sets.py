@@ -51,6 +51,11 @@ class TrainingSet(descriptions.Member):
     #: projected for less than the keys are.
     takes_means = False
 
+    @property
+    def takes_inputs(self):
+        """Whether `select` may get keys and values before they are projected."""
+        return self.takes_means or type(self).select is TrainingSet.select
+
     def groups(self, num_heads):
         """Divides the heads into groups that share a training set.
 

@@ -17,7 +17,7 @@ from test_forms import arrays, check_same, value_and_gradients
 
 from keras_pdattn import Primal, feature_maps, layers, ops, primals
 from keras_pdattn.layers import projections
-from keras_pdattn.ops import dual, fused, native
+from keras_pdattn.ops import dual, fused, native, states
 from keras_pdattn.ops.examples import OwnExample
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow, TrainingSet
 from keras_pdattn.transforms import BatchNorm
@@ -543,12 +543,75 @@ def test_means_may_come_before_projections(monkeypatch, primal, reduction):
         for options in ({}, {"value_mask": value_mask}, {"return_attention_scores": True}):
             first = layer(*arguments, **options)
             with monkeypatch.context() as patch:
-                patch.setattr(type(layer), "_projects_means", lambda *arguments: False)
+                patch.setattr(type(layer), "_projects_late", lambda *arguments: False)
                 second = layer(*arguments, **options)
             if not isinstance(first, tuple):
                 first, second = (first,), (second,)
             for one, other in zip(first, second):
                 assert_close(backends.to_numpy(one), backends.to_numpy(other), 1e-5)
+
+
+@pytest.mark.parametrize(
+    ("transform", "use_bias", "is_padded", "dtype"),
+    [
+        (None, True, False, "float32"),
+        (None, False, True, "mixed_float16"),
+        ("batch_norm", True, True, "mixed_bfloat16"),
+        ("conv1d", True, True, "float32"),
+    ],
+)
+def test_sums_may_come_before_projections(monkeypatch, transform, use_bias, is_padded, dtype):
+    """States of inputs, projected, are those of values: output, gradients, padding and all."""
+    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    rng = np.random.default_rng(0)
+    inputs = [rng.normal(size=(2, n, 10)).astype("float32") for n in (19, 40, 40)]
+    options = {}
+    if is_padded:
+        options["value_mask"] = rng.random((2, 40)) < 0.7
+        options["value_mask"][1] = False
+    layer = layers.PrimalDualAttention(
+        4,
+        6,
+        value_dim=5,
+        primal=Primal("elu", transform),
+        use_bias=use_bias,
+        bias_initializer="glorot_uniform",
+        dtype=dtype,
+    )
+    layer.build(*(x.shape for x in inputs[:2]))
+    calls, found = [], []
+    make_state = states._state
+
+    def spy(key, key_sum, value, projections):
+        calls.append(projections is not None)
+        return make_state(key, key_sum, value, projections)
+
+    monkeypatch.setattr(states, "_state", spy)
+    for is_late in (True, False):
+
+        def loss(query, value, key):
+            output = layer(query, value, key, **options)
+            return keras.ops.mean(keras.ops.square(keras.ops.cast(output, "float32")))
+
+        with monkeypatch.context() as patch:
+            if not is_late:
+                patch.setattr(type(layer), "_projects_late", lambda *arguments: False)
+            calls.clear()
+            output = layer(*inputs, **options)
+            assert calls == [is_late]
+            assert keras.backend.standardize_dtype(output.dtype) == layer.compute_dtype
+            found.append([backends.to_numpy(output), *backends.gradients(loss, inputs)])
+    for one, other in zip(*found):
+        assert_close(one, other, 1e-5 if dtype == "float32" else 2e-2)
+
+
+def test_sums_do_not_come_first_where_they_are_more():
+    """On short sequences, and of many features."""
+    assert not states.sums_come_first(10, 32, 256, 32)
+    assert states.sums_come_first(1000, 32, 256, 32)
+    assert states.sums_come_first(None, 32, 256, 32)
+    assert not states.sums_come_first(1000, 128, 256, 32)
+    assert not states.sums_come_first(None, 128, 256, 32)
 
 
 def test_projections_are_called_where_they_are_more_than_their_formula():

@@ -5,7 +5,13 @@ import keras
 import numpy as np
 import pytest
 
-from keras_pdattn.ops import dtypes, native, statistics, sums
+from keras_pdattn import Primal, ops
+from keras_pdattn.ops import dtypes, native, states, statistics, sums
+from keras_pdattn.training_sets import ScaledHeads
+
+has_own_gradients = pytest.mark.skipif(
+    backends.BACKEND != "torch", reason="the gradient is the backend's own"
+)
 
 RNG = np.random.default_rng(0)
 
@@ -59,7 +65,7 @@ def test_features_of_linear_attention():
     np.testing.assert_allclose(slopes, np.minimum(expected, 1.0), rtol=1e-5)
 
 
-@pytest.mark.skipif(backends.BACKEND != "torch", reason="the gradient is the backend's own")
+@has_own_gradients
 def test_slopes_have_slopes():
     """Torch's gradient of ours can be differentiated, as those of other backends."""
     import torch
@@ -92,28 +98,66 @@ def test_cast():
     assert keras.backend.standardize_dtype(dtypes.cast(x, "bfloat16").dtype) == "bfloat16"
 
 
-@pytest.mark.skipif(backends.BACKEND != "torch", reason="the gradient is the backend's own")
-@pytest.mark.parametrize("length", [1, 5, 16, 17, 300])
-@pytest.mark.parametrize("is_padded", [False, True])
-def test_moments_of_prefixes(monkeypatch, length, is_padded):
+def check_against_other_backends(monkeypatch, function, *arrays):
     """Torch's own way against that of other backends: values, gradients and theirs."""
     import torch
 
-    x = torch.tensor(normal(2, length, 3, 4), dtype=torch.float64, requires_grad=True)
+    inputs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]
+
+    def weighted(tensors):
+        """The sum of all entries, weighed anew each time the same."""
+        rng = np.random.default_rng(1)
+        return sum((x * torch.tensor(rng.normal(size=x.shape))).sum() for x in tensors)
+
+    def values_and_gradients():
+        found = function(*inputs)
+        gradients = torch.autograd.grad(weighted(found), inputs, create_graph=True)
+        second = torch.autograd.grad(weighted(gradients), inputs)
+        return [x.detach().numpy() for x in (*found, *gradients, *second)]
+
+    ours = values_and_gradients()
+    with torch.no_grad():
+        for one, other in zip(ours, function(*inputs)):
+            np.testing.assert_allclose(one, other.numpy(), atol=1e-12)
+    monkeypatch.setattr(native, "is_eager_torch", lambda: False)
+    for one, other in zip(ours, values_and_gradients(), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-9, atol=1e-9)
+
+
+@has_own_gradients
+@pytest.mark.parametrize("length", [1, 5, 16, 17, 300])
+@pytest.mark.parametrize("is_padded", [False, True])
+def test_moments_of_prefixes(monkeypatch, length, is_padded):
     mask = RNG.random((2, length)) < 0.7 if is_padded else None
-    factors = [torch.tensor(normal(*x.shape), dtype=torch.float64) for _ in range(2)]
 
     def moments(x):
         return statistics.prefix_moments(x, None, mask)[1:]
 
-    def values_and_gradients():
-        found = moments(x)
-        loss = sum((one * factor).sum() for one, factor in zip(found, factors))
-        (gradient,) = torch.autograd.grad(loss, x, create_graph=True)
-        (second,) = torch.autograd.grad((gradient * factors[0]).sum(), x)
-        return [y.detach().numpy() for y in (*found, gradient, second)]
+    check_against_other_backends(monkeypatch, moments, normal(2, length, 3, 4))
 
-    ours = values_and_gradients()
-    monkeypatch.setattr(native, "is_eager_torch", lambda: False)
-    for one, other in zip(ours, values_and_gradients(), strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-9)
+
+@has_own_gradients
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 200])
+@pytest.mark.parametrize("scale", [1, 3])
+def test_causal_sums(monkeypatch, length, scale):
+    """Chunks that begin and end ragged; of windows, three queries to each."""
+    primal = Primal("relu", training_set=ScaledHeads((scale,)))
+    monkeypatch.setattr(states, "is_cheaper", lambda *sizes: True)
+
+    def attend(query, key, value):
+        return [ops.attention(query, key, value, primal, is_causal=True)]
+
+    inputs = [normal(2, length, 3, depth) for depth in (4, 4, 5)]
+    check_against_other_backends(monkeypatch, attend, 1 + inputs[0] ** 2, *inputs[1:])
+
+
+@has_own_gradients
+@pytest.mark.parametrize("total_shape", [(2, 3, 5, 1), (3, 1, 1)])
+def test_ratio(monkeypatch, total_shape):
+    """Of tensors laid out as they are not indexed, to which a total is broadcast."""
+    monkeypatch.setattr("keras_pdattn.ops.torch_native.LEAST_ENTRIES", 0)
+
+    def ratio(part, total):
+        return [native.ratio(part.transpose(1, 3), total.exp())]
+
+    check_against_other_backends(monkeypatch, ratio, normal(2, 4, 5, 3), normal(*total_shape))

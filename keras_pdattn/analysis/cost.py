@@ -19,6 +19,7 @@ from keras_pdattn.ops.axes import AttendedAxes
 from keras_pdattn.ops.dtypes import accumulator
 from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.ops.prefixes import num_prefixes
+from keras_pdattn.ops.projection import Projection
 
 
 def _itemsize(dtype):
@@ -34,6 +35,9 @@ class HeadCost:
         form: how it works: through `"weights"` of all pairs, of those in `"bands"`,
             through `"states"`, or by solving for all `"prefixes"`.
         examples: how many examples it is fitted on.
+        projected_keys: how many vectors are projected to keys, for one sequence: means of
+            inputs where these come first.
+        projected_values: how many to values: means, or the sums that a state is made of.
         multiply_adds: those of transform, features, kernel and weighted sums.
         activation_bytes: bytes of the projected and pooled tensors, of weights or
             states, and of the head's output.
@@ -41,6 +45,8 @@ class HeadCost:
 
     form: str
     examples: int
+    projected_keys: int
+    projected_values: int
     multiply_adds: int
     activation_bytes: int
 
@@ -138,15 +144,16 @@ def cost(
 
     Counted are multiply-adds of matrix products and convolutions, as the forms that
     the layers would choose take them: padded blocks of a window, chunks of a causal
-    state, what a mask hides; for scaled heads the projections of means. For \(T\)
-    queries, \(M\) examples, depth \(D\), values of depth \(D_v\) and \(F\) features, a
-    head takes
+    state, what a mask hides; for scaled heads the projections of means, and for states
+    those of sums of inputs, where that is less. For \(T\) queries, \(M\) examples, depth
+    \(D\), values of depth \(D_v\), inputs \(C\) wide and \(F\) features, a head takes
 
     | form | multiply-adds |
     |---|---|
     | weights | \(T M (D + D_v)\), and \(T (D + D_v)\) for a causal scaled head |
     | bands | (pairs in bands) \((D + D_v)\) |
     | states | \((T + M) F (D_v + 1)\); causally with those of each chunk with itself |
+    | states of inputs | \(T F (D_v + 1) + M F (C + 1)\) |
     | prefixes | for each query what it and the keys take |
 
     and a kernel's size times the depth for each vector that is convolved, \(F D\) for
@@ -279,14 +286,13 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         with_scores,
         layer._sliding_window if is_ours else None,
         layer._use_gate,
-        is_ours and layer._projects_means(sizes[1], is_causal),
+        is_ours and layer._projects_late(sizes[1], is_causal),
+        value_shape[-1],
         layer.compute_dtype,
     )
-    heads, num_projected = [], 0
+    heads = []
     for group, training_set in call.primal.training_set.groups(layer.num_heads):
-        head, count = call.head(training_set), group.stop - group.start
-        heads += [head] * count
-        num_projected += count * (head.examples if call.means_first(training_set) else num_keys)
+        heads += [call.head(training_set)] * (group.stop - group.start)
     heads = [
         dataclasses.replace(
             head,
@@ -298,11 +304,12 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
     of_queries = [layer.query_dense, layer.output_dense]
     if layer._use_gate:
         of_queries.append(layer._gate_dense)
-    per_query, per_key = (
-        sum(math.prod(dense.kernel.shape) for dense in denses)
-        for denses in (of_queries, [layer.key_dense, layer.value_dense])
-    )
-    of_keys = num_projected * per_key // layer.num_heads
+    projections = num_queries * sum(math.prod(dense.kernel.shape) for dense in of_queries)
+    for head in heads:
+        # A kernel is as large for each head.
+        of_keys = head.projected_keys * math.prod(layer.key_dense.kernel.shape)
+        of_values = head.projected_values * math.prod(layer.value_dense.kernel.shape)
+        projections += (of_keys + of_values) // layer.num_heads
     output = rows * num_queries * math.prod(layer.output_dense.kernel.shape[2:])
     return LayerCost(
         name=layer.path,
@@ -310,7 +317,7 @@ def _layer_cost(layer, query_shape, value_shape, is_causal, has_mask, with_score
         queries=num_queries,
         keys=num_keys,
         heads=tuple(heads),
-        projections=rows * (num_queries * per_query + of_keys),
+        projections=rows * projections,
         parameters=sum(math.prod(weight.shape) for weight in layer.weights),
         parameter_bytes=sum(
             math.prod(weight.shape) * _itemsize(weight.dtype) for weight in layer.weights
@@ -335,12 +342,9 @@ class _Call:
     with_scores: bool
     sliding_window: int | None
     has_gate: bool
-    projects_means: bool
+    projects_late: bool
+    width: int
     dtype: str
-
-    def means_first(self, training_set):
-        """Whether means of inputs are taken first, and projected then."""
-        return self.projects_means and training_set.takes_means
 
     def head(self, training_set):
         """The cost of a head that is fitted on `training_set`."""
@@ -354,6 +358,8 @@ class _Call:
         return HeadCost(
             form="prefixes",
             examples=alone.examples,
+            projected_keys=self.num_keys,
+            projected_values=self.num_keys,
             multiply_adds=prefixes * (alone.multiply_adds + convolved),
             activation_bytes=prefixes * alone.activation_bytes,
         )
@@ -371,12 +377,24 @@ class _Call:
         num_features, width = 0, self.depth
         if feature_map.is_finite:
             num_features, width = feature_map.widths(queries, weights)
+        pooled = 0 if num_examples == self.num_keys else num_examples + num_own
+        means_first = self.projects_late and training_set.takes_means
+        num_projected = num_examples if means_first else self.num_keys
+        num_kept = pooled if means_first else self.num_keys + pooled
+        kept = (self.num_queries + num_kept) * (self.depth + self.value_depth)
+        kept += self.has_gate * self.num_queries * self.value_depth
+        num_sums = None
         if feature_map.uses_primal_form(queries, examples, weights, self.with_scores):
             form, sizes = "states", (self.num_queries, num_examples, num_features, self.value_depth)
             stride = examples.stride
             multiply_adds += states.multiply_adds(*sizes, self.is_causal, stride)
             multiply_adds += num_own * num_features
             written = num_features * (self.value_depth + 1)
+            if feature_map.sums_come_first(queries, examples, weights):
+                num_sums = num_features
+                multiply_adds += num_examples * num_sums * (self.width - self.value_depth)
+                written += num_sums * self.width
+                kept -= num_kept * self.value_depth
             if self.is_causal:
                 chunk = states.chunk_size(num_features)
                 written += chunk * chunk * stride
@@ -388,14 +406,12 @@ class _Call:
                 written = examples.window.num_pairs(self.num_queries, self.is_causal)
             multiply_adds += written * (width + self.value_depth)
             num_features = width if feature_map.is_finite else 0
-        pooled = 0 if num_examples == self.num_keys else num_examples + num_own
-        keys = pooled if self.means_first(training_set) else self.num_keys + pooled
-        kept = (self.num_queries + keys) * (self.depth + self.value_depth)
-        kept += self.has_gate * self.num_queries * self.value_depth
         wide = written + (self.num_queries + num_examples + num_own) * num_features
         return HeadCost(
             form=form,
             examples=num_examples,
+            projected_keys=num_projected,
+            projected_values=num_projected if num_sums is None else num_sums,
             multiply_adds=multiply_adds,
             activation_bytes=_itemsize(self.dtype) * kept
             + _itemsize(accumulator(self.dtype)) * wide,
@@ -426,6 +442,10 @@ class _Call:
             is_prefix=is_prefix,
         )
         examples = training_set.select(keys, queries)
+        if self.projects_late and self.primal.feature_map.has_states:
+            value = ops.zeros((*examples.value.shape[:2], 1, self.width))
+            projection = Projection(ops.zeros((self.width, 1, self.value_depth)))
+            examples = dataclasses.replace(examples, value=value, projections=(None, projection))
         if is_restricted:
             # What a mask holds does not matter.
             examples = dataclasses.replace(examples, visible=ops.ones((1, 1, 1, 1), dtype="bool"))

@@ -17,7 +17,6 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_pdattn.feature_maps import FeatureMap
 from keras_pdattn.layers.masking import attach_mask, get_keras_mask
 from keras_pdattn.ops import masks, native, recurrence
 from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast
@@ -432,9 +431,7 @@ def _keeps_state(layer):
     """Whether a sum over the keys so far is all that a query needs of them."""
     primal = layer.primal
     is_of_all_keys = type(primal.training_set) is AllKeys and layer._sliding_window is None
-    has_states = primal.feature_map.is_finite
-    has_states = has_states and type(primal.feature_map).attend is FeatureMap.attend
-    return is_of_all_keys and has_states and not primal.transform
+    return is_of_all_keys and primal.feature_map.has_states and not primal.transform
 
 
 def _window_size(layer):

@@ -307,7 +307,7 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
             gate = self._project(self._gate_dense, query) if self._use_gate else None
             query = self._project(self._query_dense, query)
             sizes = [value.shape[axis] for axis in self._axes.attended]
-            if self._projects_means(sizes, use_causal_mask):
+            if self._projects_late(sizes, use_causal_mask):
                 context["projections"] = [
                     projections.projection(dense) for dense in (self._key_dense, self._value_dense)
                 ]
@@ -450,15 +450,16 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
     def _project(self, dense, x):
         return projections.project(dense, x, self.compute_dtype)
 
-    def _projects_means(self, sizes, use_causal_mask):
-        """Whether keys and values are better projected once means are taken of them, and can be.
+    def _projects_late(self, sizes, use_causal_mask):
+        """Whether keys and values may be projected once means or sums are taken, and better so.
 
         `sizes` are those of the axes that keys run over.
         """
         if use_causal_mask or self._is_overridden():
             return False
         training_sets = [one for _, one in self.primal.training_set.groups(self._num_heads)]
-        if not any(one.takes_means for one in training_sets):
+        has_states = self.primal.feature_map.has_states
+        if not has_states and not any(one.takes_means for one in training_sets):
             return False
         denses = self._key_dense, self._value_dense
         return all(

@@ -41,13 +41,13 @@ def is_plain(dense, compute_dtype):
     )
 
 
-#: The least number of keys that torch is faster at projecting once means are taken of them, as
-#: many operations more as there are groups of heads.
+#: The least number of keys that torch is faster at projecting once means or sums are taken of
+#: them, some operations more for each group of heads.
 LEAST_LATE = 2048
 
 
 def are_better_late(weight, sizes):
-    """Whether means of inputs, that run over axes of these sizes, are better projected than they.
+    """Whether means or sums of inputs, over axes of these sizes, are better projected than they.
 
     It is fewer products, and more operations, for which a GPU, and torch on a short sequence,
     wait longer. `weight` is one of the layer, and where that is.

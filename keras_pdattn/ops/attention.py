@@ -89,8 +89,9 @@ def attention(
             once, `"blocks"` a block of queries at a time, in memory that grows with
             the keys and not the pairs; `None` for what is fastest here.
         projections: a pair of `ops.projection.Projection`, if `key` and `value` are
-            inputs `(batch, keys, width)` that are yet to be projected by these.
-            Scaled heads project the means of inputs then, of which there are fewer.
+            inputs `(batch, keys, width)` that are yet to be projected by these. Scaled
+            heads project the means of inputs then, and linear attention the sums of those
+            that are values, of which there are fewer.
         query_start: integer or integer scalar tensor: where among the keys the first query
             stands, if not at key 0. A causal call on all keys gives its last queries, with
             their `query_start`, what it gives them among all queries.
@@ -177,7 +178,7 @@ def attention(
     problems = []
     parts = zip(groups, queries.split(sizes), keys.split(sizes))
     for group, ((heads, training_set), its_queries, its_keys) in enumerate(parts):
-        if is_causal or not training_set.takes_means:
+        if is_causal or not training_set.takes_inputs:
             its_keys = its_keys.projected()
         if sliding_window is not None:
             training_set, its_keys = _within(sliding_window, training_set, its_keys, queries)
@@ -261,7 +262,9 @@ class _Problem:
 
     def state(self):
         """The queries, what they are fitted on, and that transformed."""
-        examples = self.training_set.select(self.keys, self.queries).projected()
+        examples = self.training_set.select(self.keys, self.queries)
+        has_states = self.primal.feature_map.has_states
+        examples = examples.with_projected_keys() if has_states else examples.projected()
         queries, transformed = transform(self.primal, self.queries, examples, self.weights)
         query = queries.asked_for()
         return query, examples, transformed.with_keys(functools.partial(cast, dtype=query.dtype))

@@ -11,6 +11,7 @@ from keras_pdattn.ops.indexing import (
     append_axes,
     first_valid,
     is_at_most,
+    join_axes,
     take_along_time,
     zero_where_masked,
 )
@@ -99,8 +100,8 @@ class Examples:
         log_scale: `(B, M, H)`, logarithms of factors that keys are to be
             multiplied by, too large or small to be; or `None`.
         projections: a pair of `Projection`, for keys and for values, where `key` and
-            `value` are inputs `(B, M, 1, width)` that are yet to be projected; or
-            `None`.
+            `value` are inputs `(B, M, 1, width)` that are yet to be projected, that for
+            keys `None` where these are; or `None`.
         awaits_transform: whether keys are yet to be transformed, which may take a large
             mean off them: sums of them stay in float32 until then.
     """
@@ -152,6 +153,18 @@ class Examples:
         """Whether a transform may mix no later key into an earlier one."""
         return self.is_causal or self.is_prefix
 
+    @property
+    def value_depth(self):
+        """The depth of values, once they are projected."""
+        if self.projections is None:
+            return self.value.shape[-1]
+        return self.projections[1].kernel.shape[-1]
+
+    @property
+    def value_dtype(self):
+        """The dtype of values, once they are projected."""
+        return (self.value if self.projections is None else self.projections[1].kernel).dtype
+
     def split(self, sizes):
         """The keys of groups of so many heads each."""
         if len(sizes) == 1:
@@ -172,9 +185,17 @@ class Examples:
         """The examples once `projections` are done."""
         if self.projections is None:
             return self
-        tensors = zip(self.projections, (self.key, self.value))
-        key, value = (project(x[:, :, 0]) for project, x in tensors)
-        return dataclasses.replace(self, key=key, value=value, projections=None).zero_padding()
+        _, project = self.projections
+        value = project(join_axes(self.value, 2))
+        return dataclasses.replace(self.with_projected_keys(), value=value, projections=None)
+
+    def with_projected_keys(self):
+        """The examples once those of `projections` are done that are of keys."""
+        project, of_values = self.projections or (None, None)
+        if project is None:
+            return self
+        changes = {"key": project(join_axes(self.key, 2)), "projections": (None, of_values)}
+        return dataclasses.replace(self, **changes).zero_padding()
 
     def with_keys(self, function):
         """Replaces every key by `function(key)`."""

@@ -52,7 +52,7 @@ def masked_kernel(kernel, log_scale=None, visible=None):
 
 def share(part, total):
     """`part / total`; `part` itself where the total is zero, as `part` is then, or `None`."""
-    return part if total is None else part / native.one_for_zero(total)
+    return part if total is None else native.ratio(part, native.one_for_zero(total))
 
 
 def weighted_sums(weights, total, dropout, multiply, dtype):

@@ -65,7 +65,8 @@ def recurrent_attention(query, key, value, state, feature_map, weights, key_mask
         output, total, _ = _read(query, after)
     else:
         examples = Examples.keys(key, value, ops.shape(query)[1], is_causal=True)
-        here = causal_sums(query, key, value, log_scale, examples)
+        sums, log_factor = causal_sums(query, key, value, log_scale, examples)
+        here = sums[..., :-1], sums[..., -1], log_factor
         output, total = _together(here, _read(query, state))
     return cast(share(output, append_axes(total, 1)), dtype), after
 

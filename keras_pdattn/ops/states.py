@@ -52,6 +52,21 @@ def is_cheaper(
     return primal < query_length * num_examples * (dual_width + value_depth)
 
 
+def sums_come_first(num_examples, num_features, width, value_depth):
+    """Whether inputs are summed, and the sums projected, in fewer multiplications than the reverse.
+
+    Args:
+        num_examples: the number of examples; `None` if unknown.
+        num_features: width of the feature map.
+        width: that of the inputs that values are projected from.
+        value_depth: depth of a value.
+    """
+    saved = (width + num_features) * value_depth - width * num_features
+    if not isinstance(num_examples, int):
+        return saved > 0
+    return num_examples * saved > num_features * width * value_depth
+
+
 def multiply_adds(query_length, num_examples, num_features, value_depth, is_causal, stride=1):
     """Multiply-adds of the primal form, for one head.
 
@@ -87,34 +102,51 @@ def primal_attention(query, examples):
             `window`.
 
     Returns:
-        The output, `(B, T, H, Dv)`, in the dtype of the value.
+        The output, `(B, T, H, Dv)`, in the dtype of values.
     """
     key = zero_where_masked(examples.key, examples.mask)
-    log_scale = examples.log_scale
+    log_scale, value = examples.log_scale, widen(examples.value)
     if log_scale is not None and examples.mask is not None:
         log_scale = ops.where(append_axes(examples.mask, 1), log_scale, NOTHING)
     if examples.is_causal:
-        output, total, log_factor = causal_sums(
-            query, key, widen(examples.value), log_scale, examples
-        )
+        sums, log_factor = causal_sums(query, key, value, log_scale, examples)
         if examples.own is not None:
-            output, total = _add_own(output, total, log_factor, query, examples.own)
+            sums = _add_own(sums, log_factor, query, examples.own)
+        output, total = native.split(sums, [value.shape[-1], 1], axis=-1)
     else:
         if log_scale is not None:
             largest = ops.stop_gradient(native.largest(log_scale, axis=1, keepdims=True))
             key = key * append_axes(ops.exp(log_scale - largest), 1)
-        state = ops.einsum("bmhf,bmhd->bhfd", key, widen(examples.value))
-        output = ops.einsum("bthf,bhfd->bthd", query, state)
-        total = ops.einsum("bthf,bhf->bth", query, ops.sum(key, axis=1))
-    return cast(share(output, ops.expand_dims(total, axis=-1)), examples.value.dtype)
+        query, key_sum = ops.swapaxes(query, 1, 2), append_axes(ops.sum(key, axis=1), 1)
+        state = _state(key, key_sum, value, examples.projections)
+        sums = ops.matmul(query, state), ops.matmul(query, key_sum)
+        output, total = (ops.swapaxes(x, 1, 2) for x in sums)
+    return cast(share(output, total), examples.value_dtype)
+
+
+def with_ones(value):
+    """Values with a further number, one, whose sum is the normaliser."""
+    return native.pad(value, [(0, 0)] * (len(value.shape) - 1) + [(0, 1)], fill=1)
+
+
+def _state(key, key_sum, value, projections):
+    """The state of all keys, `(B, H, F, Dv)`; of inputs where values are yet to be projected."""
+    if projections is None:
+        return ops.einsum("bmhf,bmhd->bhfd", key, value)
+    _, project = projections
+    sums = ops.einsum("bmhf,bmw->bhfw", key, join_axes(value, 2))
+    state = ops.einsum("bhfw,whd->bhfd", sums, widen(project.kernel))
+    if project.bias is None:
+        return state
+    return state + key_sum * ops.expand_dims(widen(project.bias), axis=1)
 
 
 def causal_sums(query, key, value, log_scale, examples):
-    """Sums of kernel times `value`, and of the kernel, over what each query sees.
+    """Sums of kernel times values `with_ones` over what each query sees.
 
     Returns:
-        `(sums, totals, log_factor)`: `(B, T, H, Dv)`, `(B, T, H)`, and the logarithms of the
-        factors left off both, `(B, T, H)` or `None`.
+        The sums, `(B, T, H, Dv + 1)`, and the logarithms of the factors left off them,
+        `(B, T, H)` or `None`.
     """
     length, start = ops.shape(query)[1], examples.start
     if start is None:
@@ -126,7 +158,7 @@ def causal_sums(query, key, value, log_scale, examples):
     step = ops.arange(length, dtype="int32") - ops.expand_dims(start, axis=1)
     # Those before the start see nothing, as the query at the first step.
     step = ops.maximum(step, 0)
-    return tuple(None if x is None else take_along_time(x, step) for x in sums)
+    return [None if x is None else take_along_time(x, step) for x in sums]
 
 
 def _chunked_sums(query, key, value, log_scale, examples):
@@ -135,32 +167,34 @@ def _chunked_sums(query, key, value, log_scale, examples):
     rows, count = chunk * examples.stride, num_chunks(length, key.shape[-1], examples.stride)
 
     def chunks(x, size, fill=0):
-        """Cuts `(B, T, H, ...)` into `(B, H, n, size, ...)`."""
-        return split_axis(ops.swapaxes(fit_axis(x, 1, count * size, fill), 1, 2), 2, size)
+        """Cuts `(B, H, T, ...)` into `(B, H, n, size, ...)`."""
+        return split_axis(fit_axis(x, 2, count * size, fill), 2, size)
 
     def by_query(x):
         return None if x is None else ops.swapaxes(join_axes(x, 2), 1, 2)[:, :length]
 
-    query, key, value = chunks(query, rows), chunks(key, chunk), chunks(value, chunk)
+    query, key, value = (ops.swapaxes(x, 1, 2) for x in (query, key, value))
+    query, key, value = chunks(query, rows), chunks(key, chunk), chunks(with_ones(value), chunk)
+    if log_scale is None and native.is_eager_torch():
+        sums = native.causal_sums(query, key, value, examples.stride, examples.is_triangular)
+        return by_query(sums), None
     products, log_factor = ops.einsum("bhnqf,bhnkf->bhnqk", query, key), None
     seen = _seen_in_chunk(rows, chunk, examples)
     products = ops.where(seen, products, 0.0)
     if log_scale is None:
-        states = [delay(cumulative_sum(x, axis=2), axis=2) for x in _states(key, value)]
+        state = delay(cumulative_sum(_states(key, value), axis=2), axis=2)
     else:
-        log_scale = chunks(log_scale, chunk, fill=NOTHING)
-        *states, reached = _scaled_states(key, value, log_scale)
+        log_scale = chunks(ops.swapaxes(log_scale, 1, 2), chunk, fill=NOTHING)
+        state, reached = _scaled_states(key, value, log_scale)
         # The largest factor that each query sees is left off its sums.
         log_scale, reached = (ops.expand_dims(x, axis=3) for x in (log_scale, reached))
         largest = native.largest(ops.where(seen, log_scale, NOTHING), axis=-1)
         log_factor = ops.stop_gradient(ops.maximum(largest, reached))
         products = products * exp_of_at_most_zero(log_scale - append_axes(log_factor, 1))
         query = query * append_axes(ops.exp(reached - log_factor), 1)
-    state, key_sum = states
     sums = ops.einsum("bhnqf,bhnfd->bhnqd", query, state)
     sums = sums + ops.einsum("bhnqk,bhnkd->bhnqd", products, value)
-    totals = ops.einsum("bhnqf,bhnf->bhnq", query, key_sum) + ops.sum(products, axis=-1)
-    return tuple(by_query(x) for x in (sums, totals, log_factor))
+    return by_query(sums), by_query(log_factor)
 
 
 def _seen_in_chunk(rows, chunk, examples):
@@ -170,7 +204,7 @@ def _seen_in_chunk(rows, chunk, examples):
     return ops.arange(chunk, dtype="int32") < ops.expand_dims(limit, axis=1)
 
 
-def _add_own(sums, totals, log_factor, query, own):
+def _add_own(sums, log_factor, query, own):
     """Adds each query's own example to its sums, which carry a factor then that cancels."""
     key, log_scale = zero_where_masked(own.key, own.mask), own.log_scale
     kernel = ops.sum(query * key, axis=-1)
@@ -178,19 +212,18 @@ def _add_own(sums, totals, log_factor, query, own):
         if own.mask is not None:
             log_scale = ops.where(append_axes(own.mask, 1), log_scale, NOTHING)
         largest = ops.stop_gradient(ops.maximum(log_factor, log_scale))
-        factor = ops.exp(log_factor - largest)
-        sums, totals = sums * append_axes(factor, 1), totals * factor
+        sums = sums * append_axes(ops.exp(log_factor - largest), 1)
         kernel = kernel * ops.exp(log_scale - largest)
-    return sums + append_axes(kernel, 1) * widen(own.value), totals + kernel
+    return sums + append_axes(kernel, 1) * with_ones(widen(own.value))
 
 
 def _states(key, value):
-    """Of each chunk alone: its state, `(B, H, n, F, Dv)`, and the sum of its keys."""
-    return ops.einsum("bhnkf,bhnkd->bhnfd", key, value), ops.sum(key, axis=3)
+    """The state of each chunk alone, `(B, H, n, F, Dv + 1)`."""
+    return ops.einsum("bhnkf,bhnkd->bhnfd", key, value)
 
 
 def _scaled_states(key, value, log_scale):
-    """States and sums of keys before each chunk, and the logarithms of factors left off these.
+    """States of the keys before each chunk, and the logarithms of factors left off these.
 
     The logarithms are `(B, H, n)`.
     """
@@ -200,15 +233,12 @@ def _scaled_states(key, value, log_scale):
     native.refuse_tracing("A causal call with random features")
 
     def step(carry, chunk):
-        (state, key_sum, reached), (its_state, its_key_sum, here) = carry, chunk
+        (state, reached), (its_state, here) = carry, chunk
         reaches = ops.maximum(reached, here)
-        kept, added = (ops.exp(x - reaches) for x in (reached, here))
-        state = state * append_axes(kept, 2) + its_state * append_axes(added, 2)
-        key_sum = key_sum * append_axes(kept, 1) + its_key_sum * append_axes(added, 1)
-        return (state, key_sum, reaches), carry
+        kept, added = (append_axes(ops.exp(x - reaches), 2) for x in (reached, here))
+        return (state * kept + its_state * added, reaches), carry
 
-    chunks = [ops.moveaxis(x, 2, 0) for x in (*_states(key, value), largest)]
-    state, key_sum, here = (x[0] for x in chunks)
-    init = ops.zeros_like(state), ops.zeros_like(key_sum), ops.full_like(here, NOTHING)
-    _, before = ops.scan(step, init, tuple(chunks))
+    state, here = (ops.moveaxis(x, 2, 0) for x in (_states(key, value), largest))
+    init = ops.zeros_like(state[0]), ops.full_like(here[0], NOTHING)
+    _, before = ops.scan(step, init, (state, here))
     return [ops.moveaxis(x, 0, 2) for x in before]

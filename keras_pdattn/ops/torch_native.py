@@ -62,6 +62,17 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
     return output.transpose(1, 2)
 
 
+def run(function, *inputs):
+    """`function`, a `torch.autograd.Function`; without what that costs where there is no gradient.
+
+    Which on a short sequence is more than what it computes.
+    """
+    tensors = (x for x in inputs if isinstance(x, torch.Tensor))
+    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
+        return function.apply(*inputs)
+    return function.forward(*inputs)
+
+
 class ExpBelowZero(torch.autograd.Function):
     """e^x below zero, x + 1 above; its slope is its value, one at most."""
 
@@ -78,7 +89,35 @@ class ExpBelowZero(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (output,) = ctx.saved_tensors
-        return gradient * output.clamp(max=1)
+        return output.clamp(max=1).mul_(gradient)
+
+
+#: The least number of entries that passes are saved over for the time of a function of our own.
+LEAST_ENTRIES = 2**18
+
+
+def ratio(part, total):
+    return part / total if part.numel() < LEAST_ENTRIES else run(Ratio, part, total)
+
+
+class Ratio(torch.autograd.Function):
+    """`part / total`, with gradients that are laid out in memory as it is."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(part, total):
+        return part / total
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output, inputs[1])
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ratio, total = ctx.saved_tensors
+        of_part = torch.empty_like(ratio).copy_(gradient).div_(total)
+        return of_part, (of_part * ratio).sum_to_size(total.shape).neg()
 
 
 class PrefixMoments(torch.autograd.Function):
@@ -108,6 +147,72 @@ class PrefixMoments(torch.autograd.Function):
         constant = _suffix_sums(of_mean / count.clamp(min=1) - 2 * of_squares * mean)
         gradient = constant + 2 * x * _suffix_sums(of_squares)
         return gradient if weight is None else gradient * weight, None, None
+
+
+class CausalSums(torch.autograd.Function):
+    """The sums of values that causal queries weigh by their products with keys, by chunks.
+
+    A gradient with respect to queries is such a sum again, of keys weighed by products of gradients
+    and values; one with respect to keys or values is one over queries behind. There is no
+    forward-mode derivative.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(query, key, value, stride, is_triangular):
+        products, state = _products_and_state(query, key, value, stride, is_triangular)
+        return _sum_of_products((query, state), (products, value)), products, state
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, ctx.stride, ctx.is_triangular = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*tensors, *output[1:])
+
+    @staticmethod
+    def backward(ctx, gradient, *_):
+        query, key, value, products, state = ctx.saved_tensors
+        which = ctx.stride, ctx.is_triangular
+        if torch.is_grad_enabled():
+            # Gradients of gradients depend on what these were made from.
+            products, state = _products_and_state(query, key, value, *which)
+        gradient = gradient.contiguous()
+        of_products = _less_hidden(gradient @ value.mT, *which)
+        of_state = _sums_before((query.mT @ gradient).flip(2)).flip(2)
+        return (
+            _sum_of_products((gradient, state.mT), (of_products, key)),
+            _sum_of_products((value, of_state.mT), (of_products.mT, query)),
+            _sum_of_products((key, of_state), (products.mT, gradient)),
+            None,
+            None,
+        )
+
+
+def _products_and_state(query, key, value, stride, is_triangular):
+    """Products of each chunk's queries with the keys of it that they see, and the state before."""
+    products = _less_hidden(query @ key.mT, stride, is_triangular)
+    return products, _sums_before(key.mT @ value)
+
+
+def _less_hidden(products, stride, is_triangular):
+    """Puts zero, in place, where a query of a chunk, `stride` to a key, does not see a key."""
+    by_key = products if stride == 1 else products.unflatten(-2, (-1, stride)).transpose(-2, -3)
+    by_key.tril_(0 if is_triangular else -1)
+    return products
+
+
+def _sums_before(x):
+    """For each chunk, `(B, H, n, ...)`, the sum of those before."""
+    return functional.pad(x[:, :, :-1], (0, 0, 0, 0, 1, 0)).cumsum_(2)
+
+
+def _sum_of_products(first, second):
+    """`a b + c d` of two pairs of stacks of matrices, in one tensor."""
+    sums = first[0] @ first[1]
+    flat = (x.flatten(0, -3) for x in second)
+    return sums.flatten(0, -3).baddbmm_(*flat).view(sums.shape)
 
 
 def run_length(x):
