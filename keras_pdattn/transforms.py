@@ -204,7 +204,7 @@ class BatchNorm(Transform):
             deviation = ops.sqrt(variance)
             x, centred = x / deviation, centred.with_keys(lambda key: key / deviation)
         else:
-            x = x / variance
+            x = native.ratio(x, variance)
         return _narrowed(queries.with_x(x), centred, dtype)
 
     def _fit_prefixes(self, queries, examples, weights):
@@ -220,9 +220,9 @@ class BatchNorm(Transform):
         moments = statistics.prefix_moments(centred.key, limit, examples.mask)
         if centred.own is not None:
             moments = statistics.append_example(moments, centred.own.key, centred.own.mask)
-        count, mean, squares = moments
-        variance = self._denominator(squares / native.at_least(count, 1))
-        x = self._less_mean(queries.x, origin + mean, weights) / variance
+        _, mean, variance = moments
+        x = self._less_mean(queries.x, origin + mean, weights)
+        x = native.ratio(x, self._denominator(variance))
         dtype = queries.x.dtype
         # Where a prefix has no spread, 1 / epsilon is beyond float16.
         return _narrowed(queries.with_x(x), centred, x.dtype if _is_half(dtype) else dtype)

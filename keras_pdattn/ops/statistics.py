@@ -51,7 +51,7 @@ def origin(x, mask=None):
 
 
 def prefix_moments(x, limit, mask=None):
-    """Count, mean and sum of squared deviations of the prefixes `x[:, :limit]`.
+    """Count, mean and variance of the prefixes `x[:, :limit]`.
 
     Welford's recurrence, with the running means from a cumulative sum: every
     term that enters the squared deviations is non-negative.
@@ -63,8 +63,8 @@ def prefix_moments(x, limit, mask=None):
         mask: boolean `(batch, time)`, or `None`; False is left out.
 
     Returns:
-        `(count, mean, squares)`: `(batch or 1, queries, 1, 1)` and twice
-        `(batch, queries, heads, depth)`; variance is `squares / count`.
+        `(count, mean, variance)`: `(batch or 1, queries, 1, 1)` and twice
+        `(batch, queries, heads, depth)`, zero where there is nothing.
     """
     x = widen(x)
     if mask is None:
@@ -74,35 +74,35 @@ def prefix_moments(x, limit, mask=None):
         weight = append_axes(ops.cast(mask, x.dtype), 2)
         count = cumulative_sum(weight, axis=1)
     moments = native.prefix_moments if native.is_eager_torch() else _prefix_moments
-    mean, squares = moments(x, weight, count)
-    moments = count, mean, squares
+    moments = count, *moments(x, weight, count)
     if limit is None:
         return moments
     return tuple(take_along_time(lead_with_zero(y), limit) for y in moments)
 
 
 def _prefix_moments(x, weight, count):
-    """Mean and squares of `prefix_moments`; `weight` is 1 where counted, `None` for all."""
-    total = cumulative_sum(x if weight is None else x * weight, axis=1)
-    mean = total / native.at_least(count, 1)
+    """Mean and variance of `prefix_moments`; `weight` is 1 where counted, `None` for all."""
+    divisor = native.at_least(count, 1)
+    mean = cumulative_sum(x if weight is None else x * weight, axis=1) / divisor
     # From the mean that takes an example in; the first is its own mean.
     share = count / native.at_least(count - 1, 1)
     share = share if weight is None else share * weight
-    return mean, cumulative_sum(share * ops.square(x - mean), axis=1)
+    return mean, cumulative_sum(share * ops.square(x - mean), axis=1) / divisor
 
 
 def append_example(moments_before, x, mask=None):
-    """Adds one example to each query's `(count, mean, squares)` of `prefix_moments`.
+    """Adds one example to each query's `(count, mean, variance)` of `prefix_moments`.
 
     Args:
-        moments_before: `(count, mean, squares)`.
+        moments_before: `(count, mean, variance)`.
         x: tensor `(batch, queries, heads, depth)`, the example of each query.
         mask: boolean `(batch, queries)`, or `None`; False adds nothing.
     """
-    count, mean, squares = moments_before
+    count, mean, variance = moments_before
     x = widen(x)
     weight = ops.ones_like(count) if mask is None else append_axes(ops.cast(mask, x.dtype), 2)
     total = count + weight
-    share = weight / native.at_least(total, 1)
+    divisor = native.at_least(total, 1)
+    share, kept = weight / divisor, count / divisor
     deviation = x - mean
-    return total, mean + share * deviation, squares + count * share * ops.square(deviation)
+    return total, mean + share * deviation, kept * (variance + share * ops.square(deviation))

@@ -121,7 +121,7 @@ class Ratio(torch.autograd.Function):
 
 
 class PrefixMoments(torch.autograd.Function):
-    """Means of the prefixes of `x`, and sums of their squared deviations, `(B, T, H, D)`.
+    """Means of the prefixes of `x`, and their variances, `(B, T, H, D)`.
 
     The gradient of a sum of squared deviations from a mean needs not look through the mean. There
     is no forward-mode derivative.
@@ -131,21 +131,24 @@ class PrefixMoments(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, count):
-        mean = _prefix_sums(x if weight is None else x * weight).div_(count.clamp(min=1))
+        divisor = count.clamp(min=1)
+        mean = _prefix_sums(x if weight is None else x * weight).div_(divisor)
         share = count / (count - 1).clamp_(min=1)
         share = share if weight is None else share * weight
         deviation = x - mean
-        return mean, _prefix_sums(deviation.mul_(deviation).mul_(share))
+        return mean, _prefix_sums(deviation.mul_(deviation).mul_(share)).div_(divisor)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs, output[0])
 
     @staticmethod
-    def backward(ctx, of_mean, of_squares):
+    def backward(ctx, of_mean, of_variance):
         x, weight, count, mean = ctx.saved_tensors
-        constant = _suffix_sums(of_mean / count.clamp(min=1) - 2 * of_squares * mean)
-        gradient = constant + 2 * x * _suffix_sums(of_squares)
+        divisor = count.clamp(min=1)
+        of_squares = of_variance / divisor
+        constant = (of_mean / divisor).addcmul_(of_squares, mean, value=-2)
+        gradient = _suffix_sums(constant).addcmul_(x, _suffix_sums(of_squares), value=2)
         return gradient if weight is None else gradient * weight, None, None
 
 
@@ -232,7 +235,11 @@ def _prefix_sums(x):
 
 def _suffix_sums(x):
     """For each entry along time the sum of it and all behind, `(B, T, H, D)`."""
-    return _prefix_sums(x.flip(1)).flip(1)
+    runs = _in_runs(x)
+    # A product with ones takes a third of the time of running sums of what is flipped.
+    runs = runs.new_ones(runs.shape[2], runs.shape[2]).triu() @ runs
+    runs[:, :-1].add_(runs[:, 1:, :1].flip(1).cumsum(1).flip(1))
+    return _joined(runs, x)
 
 
 def _in_runs(x):
