@@ -37,7 +37,8 @@ DUAL = [
 def small_blocks(monkeypatch):
     """Blocks of 8 queries, so that short sequences take several."""
     monkeypatch.setattr(dual, "LEAST_BLOCK", 8)
-    monkeypatch.setattr(dual, "MOST_BLOCK", 8)
+    monkeypatch.setattr(dual, "MOST_ROWS", 8)
+    monkeypatch.setattr(dual, "MOST_WHOLE", 0)
     monkeypatch.setattr(fused, "CAUSAL_BLOCK", 8)
     monkeypatch.setattr(fused, "LEAST_WITH_OWN", 0)
 
@@ -367,18 +368,29 @@ def test_long_sequences_take_blocks_or_a_kernel():
     assert dual.dual_form((1, 64, 8, 32), 64) == "whole"
     assert dual.dual_form((1, 4096, 8, 32), 4096) == "blocks"
     assert dual.dual_form((None, None, 8, 32), None) == "blocks"
+    # One query after the other, as a decoder asks, whatever there is to see.
+    assert dual.dual_form((1, 1, 8, 32), None) == "whole"
+    assert dual.dual_form((1, 1, 8, 32), 10**7) == "whole"
+    # Many short sequences together are as much as a long one.
+    assert dual.dual_form((32, 197, 3, 64), 197) == "whole"
+    assert dual.dual_form((512, 197, 3, 64), 197) == "blocks"
     for num_examples in (1, 64, 4096, 10**6, None):
-        size = dual.block_size((1, 8), num_examples)
-        assert dual.LEAST_BLOCK <= size <= dual.MOST_BLOCK
+        size = dual.block_size(1, 8, num_examples)
+        assert dual.LEAST_BLOCK <= size <= dual.MOST_ROWS // 8
         assert math.log2(size).is_integer()
+    # Fewer heads take more queries at once, and more sequences fewer.
+    assert dual.block_size(1, 2, 64) == 4 * dual.block_size(1, 8, 64)
+    assert dual.block_size(64, 8, 512) < dual.block_size(1, 8, 512)
 
 
 @pytest.mark.skipif(backends.BACKEND == "tensorflow", reason="XLA shows no shapes of tensors")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("primal", ["softmax", "batch_norm", "scaled_head", "sliding_window"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
-def test_no_tensor_has_all_pairs(primal, is_causal, dropout):
+def test_no_tensor_has_all_pairs(monkeypatch, primal, is_causal, dropout):
     """Forward and backward, with padding, dropout and causality, at 2,048 tokens."""
+    # Fewer weights at once than a mask of all pairs would have entries.
+    monkeypatch.setattr(dual, "MOST_WEIGHTS", 2**21)
     inputs, key_mask = arrays(2048, heads=4), np.arange(2048)[None] < 2000
 
     def loss(*tensors):

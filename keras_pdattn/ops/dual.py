@@ -12,10 +12,13 @@ from keras_pdattn.ops.indexing import swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, share, weighted_sums
 from keras_pdattn.ops.windows import banded_attention
 
-#: Up to how many weights are held at once, those of all heads; and the least and the most
-#: queries that share a block. Chosen by `benchmarks/blocks.py`.
-MOST_WEIGHTS = 2**22
-LEAST_BLOCK, MOST_BLOCK = 32, 256
+#: Up to how many weights are held at once, those of all heads and sequences; how many rows of
+#: them, those of one sequence; and the least queries that share a block. Chosen by
+#: `benchmarks/blocks.py`.
+MOST_WEIGHTS, MOST_ROWS = 2**22, 2**11
+LEAST_BLOCK = 32
+#: Up to how many weights of one sequence are written down whole.
+MOST_WHOLE = 2**21
 #: How many times as many there may be on a GPU, which small blocks would leave idle.
 TIMES_ON_GPU = 32
 
@@ -172,20 +175,18 @@ def _attend_in_blocks(operands, examples, weigh, dropout):
         return of_block.weighted_values(weights, total, its_dropout)
 
     length = ops.shape(operands.query)[2]
-    block = block_size(operands.query.shape[:2], operands.key.shape[2])
+    block = block_size(*operands.query.shape[:2], operands.key.shape[2])
     return map_blocks(attend, tensors, by_query, length, block)
 
 
-def block_size(batch_and_heads, num_examples):
+def block_size(batch, num_heads, num_examples):
     """How many queries share a block: a power of two."""
-    times = TIMES_ON_GPU if native.runs_on_gpu() else 1
+    times = _times()
     # On JAX a size that is not known is a symbol, which can't be compared.
     of_query = num_examples if isinstance(num_examples, int) else times * MOST_WEIGHTS
-    for size in batch_and_heads:
-        of_query *= size if isinstance(size, int) else 1
-    most = times * MOST_WEIGHTS // max(of_query, 1)
-    most = min(max(most, LEAST_BLOCK), times * MOST_BLOCK)
-    return 2 ** (most.bit_length() - 1)
+    of_query *= num_heads * (batch if isinstance(batch, int) else 1)
+    most = min(times * MOST_WEIGHTS // max(of_query, 1), times * MOST_ROWS // num_heads)
+    return 2 ** (max(most, LEAST_BLOCK).bit_length() - 1)
 
 
 def dual_form(query_shape, num_examples):
@@ -193,7 +194,17 @@ def dual_form(query_shape, num_examples):
     batch, length, num_heads, _ = query_shape
     if native.is_tracing():
         return "whole"
-    is_short = isinstance(length, int) and length <= 2 * block_size(
-        (batch, num_heads), num_examples
-    )
-    return "whole" if is_short else "blocks"
+    if not isinstance(length, int):
+        return "blocks"
+    if length <= 2 * LEAST_BLOCK:
+        return "whole"
+    if not isinstance(num_examples, int):
+        return "blocks"
+    of_sequence = num_heads * length * num_examples
+    of_all = of_sequence * (batch if isinstance(batch, int) else 1)
+    fits = of_sequence <= _times() * MOST_WHOLE and of_all <= _times() * 2 * MOST_WEIGHTS
+    return "whole" if fits else "blocks"
+
+
+def _times():
+    return TIMES_ON_GPU if native.runs_on_gpu() else 1
