@@ -1,4 +1,4 @@
-"""How many weights to hold at once, and how many queries a block: times of softmax attention.
+"""How many weights and rows of weights to hold at once: times of softmax attention in blocks.
 
 KERAS_BACKEND=jax python -m benchmarks.blocks --lengths 2048 4096
 """
@@ -14,35 +14,40 @@ from benchmarks.compiled import PASSES
 from benchmarks.speed import times
 from keras_pdattn.ops import dual
 
-MOST_WEIGHTS = [2**19, 2**20, 2**21, 2**22, 2**23]
+#: Values of `MOST_WEIGHTS` and `MOST_ROWS`, as exponents of 2.
+SETTINGS = [(20, 11), (21, 11), (22, 10), (22, 11), (22, 12), (23, 11)]
 
 
-def step_of(which, length, most):
-    """A pass of a layer, with blocks of that many weights."""
-    dual.MOST_WEIGHTS = most
+def step_of(member, which, length, setting):
+    """A pass of a layer, in blocks of so many weights and rows."""
+    dual.MOST_WEIGHTS, dual.MOST_ROWS = (2**exponent for exponent in setting)
     x = inputs(length)
-    layer = CASES["softmax"].ours()
+    layer = CASES[member].ours()
     layer.build(x.shape, x.shape)
     function = PASSES[which](layer)
-    function(x)  # Traced while `MOST_WEIGHTS` is set.
+    function(x)  # Traced while the constants are set.
     return function
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--members", nargs="+", default=["softmax", "Attention-SH"])
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    table = Table(title=f"Median milliseconds by most weights on {keras.backend.backend()}")
-    for column in ("tokens", "pass", *(f"2^{most.bit_length() - 1}" for most in MOST_WEIGHTS)):
+    table = Table(title=f"Median milliseconds by weights, rows on {keras.backend.backend()}")
+    for column in ("member", "pass"):
+        table.add_column(column)
+    for column in ("tokens", *(f"2^{weights}, 2^{rows}" for weights, rows in SETTINGS)):
         table.add_column(column, justify="right")
-    for length in options.lengths:
-        for which in PASSES:
-            functions = [step_of(which, length, most) for most in MOST_WEIGHTS]
-            found = times(functions, inputs(length), options.rounds)
-            medians = [f"{1000 * sorted(seconds)[len(seconds) // 2]:.0f}" for seconds in found]
-            table.add_row(f"{length:,}", which, *medians)
-    Console(width=100).print(table)
+    for member in options.members:
+        for length in options.lengths:
+            for which in PASSES:
+                functions = [step_of(member, which, length, setting) for setting in SETTINGS]
+                found = times(functions, inputs(length), options.rounds)
+                medians = [f"{1000 * sorted(seconds)[len(seconds) // 2]:.0f}" for seconds in found]
+                table.add_row(member, which, f"{length:,}", *medians)
+    Console(width=120).print(table)
 
 
 if __name__ == "__main__":
