@@ -90,6 +90,11 @@ class Primal(descriptions.Description):
         """The members that may have weights, in the order they act in."""
         return (*self.transform, self.feature_map)
 
+    def may_sum_inputs(self, training_set):
+        """Whether heads fitted on `training_set` may sum inputs, to project the sums to values."""
+        keep_values = all(transform.keeps_values for transform in self.transform)
+        return self.feature_map.has_states and training_set.takes_inputs and keep_values
+
     def check_call(self, num_axes, is_causal=False):
         """Raises a `ValueError` if attention over `num_axes` axes, or causal, has no meaning."""
         for transform in self.transform:

@@ -57,6 +57,11 @@ class Transform(descriptions.WeightedMember):
         """How many positions before it a causal `apply` mixes into one; `None` for any number."""
         return 0 if self.is_pointwise else None
 
+    @property
+    def keeps_values(self):
+        """Whether values are neither read nor changed, as in any `__call__` of this package."""
+        return type(self).__call__.__module__ == __name__
+
     def fit(self, key, mask):
         """Returns statistics of the training set, `None` if there are none to take.
 

@@ -15,12 +15,12 @@ from members import every_member_compiled
 from problems import assert_close
 from test_forms import arrays, check_same, value_and_gradients
 
-from keras_pdattn import Primal, feature_maps, layers, ops, primals
+from keras_pdattn import Primal, analysis, feature_maps, layers, ops, primals
 from keras_pdattn.layers import projections
 from keras_pdattn.ops import dual, fused, native, states
 from keras_pdattn.ops.examples import OwnExample
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow, TrainingSet
-from keras_pdattn.transforms import BatchNorm
+from keras_pdattn.transforms import BatchNorm, Transform
 
 #: Members that work through the weights of all pairs.
 DUAL = [
@@ -615,6 +615,38 @@ def test_sums_may_come_before_projections(monkeypatch, transform, use_bias, is_p
             found.append([backends.to_numpy(output), *backends.gradients(loss, inputs)])
     for one, other in zip(*found):
         assert_close(one, other, 1e-5 if dtype == "float32" else 2e-2)
+
+
+class UnitValues(Transform):
+    """Reads and changes values, which must have been projected then."""
+
+    def __call__(self, queries, examples, weights, shift_invariant):
+        largest = keras.ops.max(keras.ops.abs(examples.value), axis=-1, keepdims=True)
+        return queries, dataclasses.replace(examples, value=examples.value / largest)
+
+
+class EvenKeys(TrainingSet):
+    """Reads values, likewise."""
+
+    def select(self, keys, queries):
+        assert keys.value.shape[3] == 6
+        return dataclasses.replace(keys, key=keys.key[:, ::2], value=keys.value[:, ::2])
+
+
+@pytest.mark.parametrize(
+    "primal", [Primal("elu", UnitValues()), Primal("elu", None, EvenKeys())], ids=["T", "S"]
+)
+def test_members_of_users_get_projected_values(monkeypatch, primal):
+    """And `analysis.cost` knows."""
+    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    layer = layers.PrimalDualAttention(4, 6, primal=primal, bias_initializer="glorot_uniform")
+    x = np.random.default_rng(0).normal(size=(2, 80, 10)).astype("float32")
+    layer.build(x.shape, x.shape)
+    found = backends.to_numpy(layer(x, x))
+    (cost,) = analysis.cost(layer, x.shape).layers
+    assert {head.projected_values for head in cost.heads} == {80}
+    monkeypatch.setattr(type(layer), "_projects_late", lambda *arguments: False)
+    assert_close(found, backends.to_numpy(layer(x, x)), 1e-6)
 
 
 def test_sums_do_not_come_first_where_they_are_more():

@@ -8,6 +8,7 @@ import pytest
 from keras_pdattn import Primal, ops
 from keras_pdattn.ops import dtypes, native, states, statistics, sums
 from keras_pdattn.training_sets import ScaledHeads
+from keras_pdattn.transforms import BatchNorm
 
 has_own_gradients = pytest.mark.skipif(
     backends.BACKEND != "torch", reason="the gradient is the backend's own"
@@ -149,6 +150,61 @@ def test_causal_sums(monkeypatch, length, scale):
 
     inputs = [normal(2, length, 3, depth) for depth in (4, 4, 5)]
     check_against_other_backends(monkeypatch, attend, 1 + inputs[0] ** 2, *inputs[1:])
+
+
+@has_own_gradients
+@pytest.mark.parametrize("primal", ["linear", Primal(transform=BatchNorm(center=False))], ids=str)
+def test_causal_calls_in_transforms_of_functions(primal):
+    """Gradients of a `vmap`, a `vmap` of gradients, Jacobians and autocast, on torch."""
+    import torch
+
+    inputs = [torch.tensor(normal(2, 1, 70, 2, 4)) for _ in range(3)]
+
+    def attend(query, key, value):
+        return ops.attention(query, key, value, primal, is_causal=True)
+
+    def loss(*tensors):
+        return attend(*tensors).square().sum()
+
+    def loss_of_all(*tensors):
+        return torch.func.vmap(attend)(*tensors).square().sum()
+
+    arguments = tuple(range(3))
+    per_sample = torch.func.vmap(torch.func.grad(loss, arguments))(*inputs)
+    of_all = torch.func.grad(loss_of_all, arguments)(*inputs)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    sum(loss(*(x[i] for x in leaves)) for i in range(2)).backward()
+    for one, other, leaf in zip(per_sample, of_all, leaves):
+        torch.testing.assert_close(one, leaf.grad)
+        torch.testing.assert_close(other, leaf.grad)
+    (jacobian,) = torch.func.jacrev(lambda x: (attend(x, *(y[0] for y in inputs[1:]))[0, -1, 0],))(
+        inputs[0][0]
+    )
+    assert jacobian.shape == (4, *inputs[0][0].shape)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = loss(*(x[0] for x in leaves))
+        rounded.backward()
+    torch.testing.assert_close(rounded, loss(*(x[0] for x in inputs)), rtol=0.05, atol=0.5)
+
+
+@has_own_gradients
+def test_only_gradients_that_are_wanted(monkeypatch):
+    """And none where nothing depends on the output."""
+    import torch
+
+    monkeypatch.setattr("keras_pdattn.ops.torch_native.LEAST_ENTRIES", 0)
+    arrays = [normal(1, 70, 2, 4) for _ in range(3)]
+    for index in range(3):
+        tensors = [torch.tensor(x) for x in arrays]
+        tensors[index].requires_grad_()
+        ops.attention(*tensors, "linear", is_causal=True).square().sum().backward()
+        everything = [torch.tensor(x, requires_grad=True) for x in arrays]
+        ops.attention(*everything, "linear", is_causal=True).square().sum().backward()
+        torch.testing.assert_close(tensors[index].grad, everything[index].grad)
+    total = torch.ones(1, 70, 2, 1)
+    part = torch.ones(1, 70, 2, 4, requires_grad=True)
+    (native.ratio(part, total) * 0).sum().backward()
+    assert total.grad is None
 
 
 @has_own_gradients

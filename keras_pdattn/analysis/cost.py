@@ -442,7 +442,7 @@ class _Call:
             is_prefix=is_prefix,
         )
         examples = training_set.select(keys, queries)
-        if self.projects_late and self.primal.feature_map.has_states:
+        if self.projects_late and self.primal.may_sum_inputs(training_set):
             value = ops.zeros((*examples.value.shape[:2], 1, self.width))
             projection = Projection(ops.zeros((self.width, 1, self.value_depth)))
             examples = dataclasses.replace(examples, value=value, projections=(None, projection))

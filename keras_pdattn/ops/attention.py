@@ -263,8 +263,8 @@ class _Problem:
     def state(self):
         """The queries, what they are fitted on, and that transformed."""
         examples = self.training_set.select(self.keys, self.queries)
-        has_states = self.primal.feature_map.has_states
-        examples = examples.with_projected_keys() if has_states else examples.projected()
+        may_wait = self.primal.may_sum_inputs(self.training_set)
+        examples = examples.with_projected_keys() if may_wait else examples.projected()
         queries, transformed = transform(self.primal, self.queries, examples, self.weights)
         query = queries.asked_for()
         return query, examples, transformed.with_keys(functools.partial(cast, dtype=query.dtype))

@@ -221,7 +221,7 @@ def run_length(x):
 
 
 def ratio(part, total):
-    """`part / total`; eagerly on torch, with half as many passes over gradients."""
+    """`part / total`; eagerly on torch, with fewer passes over gradients."""
     return torch_native.ratio(part, total) if is_eager_torch() else part / total
 
 
@@ -256,6 +256,11 @@ def heads_apart(x):
     operations on two tensors laid out differently take several times as long.
     """
     return x.transpose(1, 2).contiguous().transpose(1, 2) if IS_TORCH else x
+
+
+def contiguous(x):
+    """`x` laid out in memory as it is indexed, on torch: so are gradients of what is read of it."""
+    return x.contiguous() if IS_TORCH else x
 
 
 def into_graph(x):

@@ -177,7 +177,7 @@ def _chunked_sums(query, key, value, log_scale, examples):
     query, key, value = chunks(query, rows), chunks(key, chunk), chunks(with_ones(value), chunk)
     if log_scale is None and native.is_eager_torch():
         sums = native.causal_sums(query, key, value, examples.stride, examples.is_triangular)
-        return by_query(sums), None
+        return native.contiguous(by_query(sums)), None
     products, log_factor = ops.einsum("bhnqf,bhnkf->bhnqk", query, key), None
     seen = _seen_in_chunk(rows, chunk, examples)
     products = ops.where(seen, products, 0.0)

@@ -63,14 +63,11 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
 
 
 def run(function, *inputs):
-    """`function`, a `torch.autograd.Function`; without what that costs where there is no gradient.
+    """`function`, a `torch.autograd.Function`; without what that costs where gradients are off.
 
     Which on a short sequence is more than what it computes.
     """
-    tensors = (x for x in inputs if isinstance(x, torch.Tensor))
-    if torch.is_grad_enabled() and any(x.requires_grad for x in tensors):
-        return function.apply(*inputs)
-    return function.forward(*inputs)
+    return (function.apply if torch.is_grad_enabled() else function.forward)(*inputs)
 
 
 class ExpBelowZero(torch.autograd.Function):
@@ -89,7 +86,7 @@ class ExpBelowZero(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (output,) = ctx.saved_tensors
-        return output.clamp(max=1).mul_(gradient)
+        return gradient * output.clamp(max=1)
 
 
 #: The least number of entries that passes are saved over for the time of a function of our own.
@@ -101,7 +98,7 @@ def ratio(part, total):
 
 
 class Ratio(torch.autograd.Function):
-    """`part / total`, with gradients that are laid out in memory as it is."""
+    """`part / total`, whose gradients need not look at `part`."""
 
     generate_vmap_rule = True
 
@@ -116,8 +113,10 @@ class Ratio(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         ratio, total = ctx.saved_tensors
-        of_part = torch.empty_like(ratio).copy_(gradient).div_(total)
-        return of_part, (of_part * ratio).sum_to_size(total.shape).neg()
+        of_part, of_total = gradient / total, None
+        if ctx.needs_input_grad[1]:
+            of_total = -(of_part * ratio).sum_to_size(total.shape)
+        return of_part, of_total
 
 
 class PrefixMoments(torch.autograd.Function):
@@ -147,8 +146,8 @@ class PrefixMoments(torch.autograd.Function):
         x, weight, count, mean = ctx.saved_tensors
         divisor = count.clamp(min=1)
         of_squares = of_variance / divisor
-        constant = (of_mean / divisor).addcmul_(of_squares, mean, value=-2)
-        gradient = _suffix_sums(constant).addcmul_(x, _suffix_sums(of_squares), value=2)
+        constant = torch.addcmul(of_mean / divisor, of_squares, mean, value=-2)
+        gradient = torch.addcmul(_suffix_sums(constant), x, _suffix_sums(of_squares), value=2)
         return gradient if weight is None else gradient * weight, None, None
 
 
@@ -164,8 +163,9 @@ class CausalSums(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, stride, is_triangular):
-        products, state = _products_and_state(query, key, value, stride, is_triangular)
-        return _sum_of_products((query, state), (products, value)), products, state
+        with _as_they_are(query):
+            products, state = _products_and_state(query, key, value, stride, is_triangular)
+            return _sum_of_products((query, state), (products, value)), products, state
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -176,21 +176,33 @@ class CausalSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, gradient, *_):
+        found = [None] * 5
+        if gradient is None:
+            return tuple(found)
         query, key, value, products, state = ctx.saved_tensors
         which = ctx.stride, ctx.is_triangular
-        if torch.is_grad_enabled():
-            # Gradients of gradients depend on what these were made from.
-            products, state = _products_and_state(query, key, value, *which)
-        gradient = gradient.contiguous()
-        of_products = _less_hidden(gradient @ value.mT, *which)
-        of_state = _sums_before((query.mT @ gradient).flip(2)).flip(2)
-        return (
-            _sum_of_products((gradient, state.mT), (of_products, key)),
-            _sum_of_products((value, of_state.mT), (of_products.mT, query)),
-            _sum_of_products((key, of_state), (products.mT, gradient)),
-            None,
-            None,
-        )
+        of_query, of_key, of_value, *_ = ctx.needs_input_grad
+        with _as_they_are(query):
+            if torch.is_grad_enabled():
+                # Gradients of gradients depend on what these were made from.
+                products, state = _products_and_state(query, key, value, *which)
+            gradient = gradient.contiguous()
+            if of_query or of_key:
+                of_products = _less_hidden(gradient @ value.mT, *which)
+            if of_key or of_value:
+                of_state = _sums_before((query.mT @ gradient).flip(2)).flip(2)
+            if of_query:
+                found[0] = _sum_of_products((gradient, state.mT), (of_products, key))
+            if of_key:
+                found[1] = _sum_of_products((value, of_state.mT), (of_products.mT, query))
+            if of_value:
+                found[2] = _sum_of_products((key, of_state), (products.mT, gradient))
+        return tuple(found)
+
+
+def _as_they_are(x):
+    """A context in which products stay in the dtype of tensors, wide enough for sums."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def _products_and_state(query, key, value, stride, is_triangular):
@@ -201,7 +213,10 @@ def _products_and_state(query, key, value, stride, is_triangular):
 
 def _less_hidden(products, stride, is_triangular):
     """Puts zero, in place, where a query of a chunk, `stride` to a key, does not see a key."""
-    by_key = products if stride == 1 else products.unflatten(-2, (-1, stride)).transpose(-2, -3)
+    by_key = products
+    if stride > 1:
+        *lead, rows, keys = products.shape
+        by_key = products.view(*lead, rows // stride, stride, keys).transpose(-2, -3)
     by_key.tril_(0 if is_triangular else -1)
     return products
 
@@ -214,8 +229,8 @@ def _sums_before(x):
 def _sum_of_products(first, second):
     """`a b + c d` of two pairs of stacks of matrices, in one tensor."""
     sums = first[0] @ first[1]
-    flat = (x.flatten(0, -3) for x in second)
-    return sums.flatten(0, -3).baddbmm_(*flat).view(sums.shape)
+    stacks = [x.reshape(-1, *x.shape[-2:]) for x in (sums, *second)]
+    return stacks[0].baddbmm_(*stacks[1:]).view(sums.shape)
 
 
 def run_length(x):
@@ -235,11 +250,8 @@ def _prefix_sums(x):
 
 def _suffix_sums(x):
     """For each entry along time the sum of it and all behind, `(B, T, H, D)`."""
-    runs = _in_runs(x)
-    # A product with ones takes a third of the time of running sums of what is flipped.
-    runs = runs.new_ones(runs.shape[2], runs.shape[2]).triu() @ runs
-    runs[:, :-1].add_(runs[:, 1:, :1].flip(1).cumsum(1).flip(1))
-    return _joined(runs, x)
+    # Not a product with ones, in a third of the time: users may let products be less than float32.
+    return _prefix_sums(x.flip(1)).flip(1)
 
 
 def _in_runs(x):
