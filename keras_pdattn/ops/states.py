@@ -119,7 +119,8 @@ def primal_attention(query, examples):
             key = key * append_axes(ops.exp(log_scale - largest), 1)
         query, key_sum = ops.swapaxes(query, 1, 2), append_axes(ops.sum(key, axis=1), 1)
         state = _state(key, key_sum, value, examples.projections)
-        sums = ops.matmul(query, state), ops.matmul(query, key_sum)
+        # Not `ops.matmul`, which computes float64 in float32 on some backends.
+        sums = (ops.einsum("bhtf,bhfd->bhtd", query, x) for x in (state, key_sum))
         output, total = (ops.swapaxes(x, 1, 2) for x in sums)
     return cast(share(output, total), examples.value_dtype)
 
