@@ -379,11 +379,10 @@ class _Call:
             num_features, width = feature_map.widths(queries, weights)
         pooled = 0 if num_examples == self.num_keys else num_examples + num_own
         means_first = self.projects_late and training_set.takes_means
-        num_projected = num_examples if means_first else self.num_keys
+        projected_keys = projected_values = num_examples if means_first else self.num_keys
         num_kept = pooled if means_first else self.num_keys + pooled
         kept = (self.num_queries + num_kept) * (self.depth + self.value_depth)
         kept += self.has_gate * self.num_queries * self.value_depth
-        num_sums = None
         if feature_map.uses_primal_form(queries, examples, weights, self.with_scores):
             form, sizes = "states", (self.num_queries, num_examples, num_features, self.value_depth)
             stride = examples.stride
@@ -391,9 +390,9 @@ class _Call:
             multiply_adds += num_own * num_features
             written = num_features * (self.value_depth + 1)
             if feature_map.sums_come_first(queries, examples, weights):
-                num_sums = num_features
-                multiply_adds += num_examples * num_sums * (self.width - self.value_depth)
-                written += num_sums * self.width
+                projected_values = num_features
+                multiply_adds += num_examples * num_features * (self.width - self.value_depth)
+                written += num_features * self.width
                 kept -= num_kept * self.value_depth
             if self.is_causal:
                 chunk = states.chunk_size(num_features)
@@ -410,8 +409,8 @@ class _Call:
         return HeadCost(
             form=form,
             examples=num_examples,
-            projected_keys=num_projected,
-            projected_values=num_projected if num_sums is None else num_sums,
+            projected_keys=projected_keys,
+            projected_values=projected_values,
             multiply_adds=multiply_adds,
             activation_bytes=_itemsize(self.dtype) * kept
             + _itemsize(accumulator(self.dtype)) * wide,

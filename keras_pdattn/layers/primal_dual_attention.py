@@ -458,8 +458,7 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
         if use_causal_mask or self._is_overridden():
             return False
         training_sets = [one for _, one in self.primal.training_set.groups(self._num_heads)]
-        has_states = self.primal.feature_map.has_states
-        if not has_states and not any(one.takes_means for one in training_sets):
+        if not any(one.takes_means or self.primal.may_sum_inputs(one) for one in training_sets):
             return False
         denses = self._key_dense, self._value_dense
         return all(

@@ -184,7 +184,7 @@ def block_size(batch, num_heads, num_examples):
     times = _times()
     # On JAX a size that is not known is a symbol, which can't be compared.
     of_query = num_examples if isinstance(num_examples, int) else times * MOST_WEIGHTS
-    of_query *= num_heads * (batch if isinstance(batch, int) else 1)
+    of_query *= _all_heads(batch, num_heads)
     most = min(times * MOST_WEIGHTS // max(of_query, 1), times * MOST_ROWS // num_heads)
     return 2 ** (max(most, LEAST_BLOCK).bit_length() - 1)
 
@@ -200,10 +200,15 @@ def dual_form(query_shape, num_examples):
         return "whole"
     if not isinstance(num_examples, int):
         return "blocks"
-    of_sequence = num_heads * length * num_examples
-    of_all = of_sequence * (batch if isinstance(batch, int) else 1)
-    fits = of_sequence <= _times() * MOST_WHOLE and of_all <= _times() * 2 * MOST_WEIGHTS
-    return "whole" if fits else "blocks"
+    times, of_head = _times(), length * num_examples
+    is_short = num_heads * of_head <= times * MOST_WHOLE
+    are_few = _all_heads(batch, num_heads) * of_head <= times * 2 * MOST_WEIGHTS
+    return "whole" if is_short and are_few else "blocks"
+
+
+def _all_heads(batch, num_heads):
+    """The number of heads of all sequences; of one where it is not known how many there are."""
+    return num_heads * (batch if isinstance(batch, int) else 1)
 
 
 def _times():
