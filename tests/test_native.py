@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from keras_pdattn import Primal, ops
-from keras_pdattn.ops import dtypes, native, states, statistics, sums
-from keras_pdattn.training_sets import ScaledHeads
+from keras_pdattn.ops import dtypes, indexing, native, states, statistics, sums
+from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
 from keras_pdattn.transforms import BatchNorm
 
 has_own_gradients = pytest.mark.skipif(
@@ -52,6 +52,17 @@ def test_split():
         np.testing.assert_array_equal(backends.to_numpy(part), expected)
 
 
+@pytest.mark.parametrize("count, width, step", [(1, 1, 1), (3, 2, 4), (4, 10, 3), (2, 12, 4)])
+def test_overlapping(count, width, step):
+    """Stretches that leave gaps, that overlap, that end with a step."""
+    x = normal(2, (count - 1 + -(-width // step)) * step, 3)
+    found = indexing.overlapping(*tensors(x), 1, count, width, step)
+    expected = np.stack([x[:, start : start + width] for start in np.arange(count) * step], axis=1)
+    np.testing.assert_array_equal(backends.to_numpy(found), expected)
+    compiled = backends.compiled(lambda x: indexing.overlapping(x, 1, count, width, step))
+    np.testing.assert_array_equal(backends.to_numpy(compiled(*tensors(x))), expected)
+
+
 #: Far below zero, where `elu(x) + 1` would round to nothing; at zero; where `exp` is infinite.
 POINTS = np.array([-80.0, -30.0, -20.0, -1.0, -1e-3, 0.0, 1e-3, 1.0, 100.0], "float32")
 
@@ -68,12 +79,14 @@ def test_features_of_linear_attention():
 
 @has_own_gradients
 def test_slopes_have_slopes():
-    """Torch's gradient of ours can be differentiated, as those of other backends."""
+    """Torch's gradient of ours can be differentiated, and has a forward mode, as others."""
     import torch
 
     x = torch.tensor(POINTS, requires_grad=True)
     (slope,) = torch.autograd.grad(native.exp_below_zero(x).sum(), x, create_graph=True)
     (curvature,) = torch.autograd.grad(slope.sum(), x)
+    _, tangent = torch.func.jvp(native.exp_below_zero, (x,), (torch.ones_like(x),))
+    torch.testing.assert_close(tangent, slope)
     below = POINTS < 0
     np.testing.assert_allclose(curvature[below].numpy(), np.exp(POINTS[below]), rtol=1e-5)
     np.testing.assert_array_equal(curvature[POINTS > 0].numpy(), 0)
@@ -100,7 +113,7 @@ def test_cast():
 
 
 def check_against_other_backends(monkeypatch, function, *arrays):
-    """Torch's own way against that of other backends: values, gradients and theirs."""
+    """Torch's own way against that of other backends: values, gradients, theirs and tangents."""
     import torch
 
     inputs = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in arrays]
@@ -114,7 +127,8 @@ def check_against_other_backends(monkeypatch, function, *arrays):
         found = function(*inputs)
         gradients = torch.autograd.grad(weighted(found), inputs, create_graph=True)
         second = torch.autograd.grad(weighted(gradients), inputs)
-        return [x.detach().numpy() for x in (*found, *gradients, *second)]
+        _, tangents = torch.func.jvp(lambda *x: tuple(function(*x)), tuple(inputs), tuple(inputs))
+        return [x.detach().numpy() for x in (*found, *gradients, *second, *tangents)]
 
     ours = values_and_gradients()
     with torch.no_grad():
@@ -153,7 +167,28 @@ def test_causal_sums(monkeypatch, length, scale):
 
 
 @has_own_gradients
-@pytest.mark.parametrize("primal", ["linear", Primal(transform=BatchNorm(center=False))], ids=str)
+@pytest.mark.parametrize("dilation", [1, 3])
+@pytest.mark.parametrize("num_axes", [1, 2])
+def test_bands(monkeypatch, dilation, num_axes):
+    """Slabs of keys, the last ragged, along one axis and two."""
+    window = SlidingWindow(5, dilation, global_tokens=1)
+    grid = (50,) * num_axes
+
+    def attend(query, key, value):
+        primal = Primal("relu", training_set=window)
+        return [ops.attention(query, key, value, primal, query_grid=grid, key_grid=grid)]
+
+    inputs = [normal(2, 50**num_axes, 1, 2) for _ in range(3)]
+    check_against_other_backends(monkeypatch, attend, 1 + inputs[0] ** 2, *inputs[1:])
+
+
+BANDS = Primal("elu", training_set=SlidingWindow(5))
+
+
+@has_own_gradients
+@pytest.mark.parametrize(
+    "primal", ["linear", Primal(transform=BatchNorm(center=False)), BANDS], ids=str
+)
 def test_causal_calls_in_transforms_of_functions(primal):
     """Gradients of a `vmap`, a `vmap` of gradients, Jacobians and autocast, on torch."""
     import torch

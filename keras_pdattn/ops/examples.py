@@ -91,6 +91,7 @@ class Examples:
             transform may not look ahead though `limit` is `None`.
         visible: boolean, broadcastable to `(B, H, T, M)`: what an arbitrary
             mask leaves to each query; or `None`.
+        all_are_sighted: whether every query is known to see an example, whatever `visible` says.
         window: the `Window` that restricts what each query sees, or `None`.
         grid: as for `Queries`, of the examples.
         own: the further example of each query's own, or `None`.
@@ -116,6 +117,7 @@ class Examples:
     query_start: Any = None
     is_prefix: bool = False
     visible: Any = None
+    all_are_sighted: bool = False
     window: Window | None = None
     grid: tuple | None = None
     own: Any = None
@@ -300,6 +302,8 @@ class Examples:
 
         For examples without `own`.
         """
+        if self.all_are_sighted:
+            return None
         if self.visible is not None or self.window is not None:
             return ops.any(self.visibility(), axis=-1)
         if self.mask is None:

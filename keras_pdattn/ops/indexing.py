@@ -105,6 +105,26 @@ def join_axes(x, axis):
     return native.reshape(x, tuple(shape[:axis]) + joined + tuple(shape[axis + 2 :]))
 
 
+def overlapping(x, axis, count, width, step):
+    """Stretches of `x` along `axis`, each beginning `step` behind the one before.
+
+    Args:
+        x: tensor, with `(count - 1) * step` entries along `axis` and `width`, rounded up to whole
+            steps, more.
+        axis: non-negative integer; becomes two axes, of stretches and of their entries.
+        count: the number of stretches.
+        width: the number of entries in a stretch.
+        step: positive integer.
+    """
+    if native.is_eager_torch():
+        return native.overlapping(x, axis, width, step)
+    lead, parts = (slice(None),) * axis, []
+    for start in range(0, width, step):
+        steps = split_axis(x[lead + (slice(start, start + count * step),)], axis, step)
+        parts.append(steps[lead + (slice(None), slice(0, width - start))])
+    return ops.concatenate(parts, axis=axis + 1)
+
+
 def lead_with_zero(x):
     """Puts a zero in front of `x` along time."""
     return _pad_axis(x, 1, 1, 0)

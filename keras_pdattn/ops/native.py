@@ -271,6 +271,11 @@ def into_graph(x):
     return ops.copy(x) if IS_TENSORFLOW else x
 
 
+def overlapping(x, axis, width, step):
+    """`overlapping` of `ops.indexing`, on torch: a view, with a gradient of its own."""
+    return torch_native.run(torch_native.Overlapping, x, axis, width, step)
+
+
 def is_cuda(x):
     """Whether `x` is a tensor of torch on a GPU."""
     return IS_TORCH and x.is_cuda

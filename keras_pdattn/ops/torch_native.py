@@ -82,11 +82,14 @@ class ExpBelowZero(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output)
+        ctx.save_for_forward(output)
 
     @staticmethod
     def backward(ctx, gradient):
         (output,) = ctx.saved_tensors
         return gradient * output.clamp(max=1)
+
+    jvp = backward
 
 
 #: The least number of entries that passes are saved over for the time of a function of our own.
@@ -109,6 +112,7 @@ class Ratio(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(output, inputs[1])
+        ctx.save_for_forward(output, inputs[1])
 
     @staticmethod
     def backward(ctx, gradient):
@@ -118,28 +122,62 @@ class Ratio(torch.autograd.Function):
             of_total = -(of_part * ratio).sum_to_size(total.shape)
         return of_part, of_total
 
+    @staticmethod
+    def jvp(ctx, part, total):
+        ratio, divisor = ctx.saved_tensors
+        of_part = 0 if part is None else part
+        return (of_part if total is None else of_part - ratio * total) / divisor
+
+
+class Overlapping(torch.autograd.Function):
+    """`x.unfold`, whose own gradient adds up one entry after the other, in twice the time."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x, axis, width, step):
+        return x.unfold(axis, width, step).movedim(-1, axis + 1)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, *ctx.arguments = inputs
+        ctx.length = x.shape[ctx.arguments[0]]
+
+    @staticmethod
+    def backward(ctx, gradient):
+        axis, width, step = ctx.arguments
+        count, shape = gradient.shape[axis], list(gradient.shape)
+        shape[axis : axis + 2] = ctx.length // step, step
+        total = gradient.new_zeros(shape)
+        for index, start in enumerate(range(0, width, step)):
+            size = min(step, width - start)
+            steps = total.narrow(axis, index, count).narrow(axis + 1, 0, size)
+            steps.add_(gradient.narrow(axis + 1, start, size))
+        return total.flatten(axis, axis + 1), None, None, None
+
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        return Overlapping.forward(tangent, *ctx.arguments)
+
 
 class PrefixMoments(torch.autograd.Function):
     """Means of the prefixes of `x`, and their variances, `(B, T, H, D)`.
 
-    The gradient of a sum of squared deviations from a mean needs not look through the mean. There
-    is no forward-mode derivative.
+    The gradient of a sum of squared deviations from a mean needs not look through the mean.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, count):
-        divisor = count.clamp(min=1)
-        mean = _prefix_sums(x if weight is None else x * weight).div_(divisor)
-        share = count / (count - 1).clamp_(min=1)
-        share = share if weight is None else share * weight
+        mean = _prefix_means(x, weight, count)
         deviation = x - mean
-        return mean, _prefix_sums(deviation.mul_(deviation).mul_(share)).div_(divisor)
+        return mean, _prefix_means(deviation.mul_(deviation), _shares(weight, count), count)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.save_for_backward(*inputs, output[0])
+        ctx.save_for_forward(*inputs, output[0])
 
     @staticmethod
     def backward(ctx, of_mean, of_variance):
@@ -150,13 +188,19 @@ class PrefixMoments(torch.autograd.Function):
         gradient = torch.addcmul(_suffix_sums(constant), x, _suffix_sums(of_squares), value=2)
         return gradient if weight is None else gradient * weight, None, None
 
+    @staticmethod
+    def jvp(ctx, tangent, *_):
+        x, weight, count, mean = ctx.saved_tensors
+        of_mean = _prefix_means(tangent, weight, count)
+        of_squares = 2 * (x - mean) * (tangent - of_mean)
+        return of_mean, _prefix_means(of_squares, _shares(weight, count), count)
+
 
 class CausalSums(torch.autograd.Function):
     """The sums of values that causal queries weigh by their products with keys, by chunks.
 
     A gradient with respect to queries is such a sum again, of keys weighed by products of gradients
-    and values; one with respect to keys or values is one over queries behind. There is no
-    forward-mode derivative.
+    and values; one with respect to keys or values is one over queries behind.
     """
 
     generate_vmap_rule = True
@@ -173,6 +217,7 @@ class CausalSums(torch.autograd.Function):
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*tensors, *output[1:])
+        ctx.save_for_forward(*tensors)
 
     @staticmethod
     def backward(ctx, gradient, *_):
@@ -198,6 +243,15 @@ class CausalSums(torch.autograd.Function):
             if of_value:
                 found[2] = _sum_of_products((key, of_state), (products.mT, gradient))
         return tuple(found)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        tensors, total = ctx.saved_tensors, 0
+        for index, tangent in enumerate(tangents[: len(tensors)]):
+            if tangent is not None:
+                changed = (*tensors[:index], tangent, *tensors[index + 1 :])
+                total += CausalSums.forward(*changed, ctx.stride, ctx.is_triangular)[0]
+        return total, None, None
 
 
 def _as_they_are(x):
@@ -246,6 +300,17 @@ def _prefix_sums(x):
     runs = _in_runs(x).cumsum(2)
     runs[:, 1:].add_(runs[:, :-1, -1:].cumsum(1))
     return _joined(runs, x)
+
+
+def _prefix_means(x, weight, count):
+    """Sums of prefixes of `x`, times `weight` if there is any, over the numbers in `count`."""
+    return _prefix_sums(x if weight is None else x * weight).div_(count.clamp(min=1))
+
+
+def _shares(weight, count):
+    """What a squared deviation from the mean so far adds to the sum of those from the later."""
+    share = count / (count - 1).clamp_(min=1)
+    return share if weight is None else share * weight
 
 
 def _suffix_sums(x):

@@ -15,7 +15,9 @@ from keras_pdattn.ops.indexing import (
     coordinates,
     fit_axis,
     from_grid,
+    is_at_most,
     join_axes,
+    overlapping,
     split_axis,
     take_along_time,
     to_grid,
@@ -122,6 +124,11 @@ class Window:
         is_mask = keras.backend.standardize_dtype(x.dtype) == "bool"
         return ops.logical_and(inside, x) if is_mask else x * ops.cast(inside, x.dtype)
 
+    def has_key_at_each_of(self, query_sizes):
+        """Whether, for all that is known, a key stands where each query of such a grid does."""
+        sizes = zip(query_sizes, self.key_grid or (self.key_length,))
+        return all(is_at_most(queries, keys) for queries, keys in sizes)
+
     def block(self):
         """The number of queries along an axis that share a band."""
         least = LEAST_BLOCK if self.num_axes == 1 else max(2, LEAST_BLOCK // 4)
@@ -142,7 +149,7 @@ class Window:
     def num_pairs(self, num_queries, is_causal):
         """How many products of a query and a key bands hold."""
         bands = _Bands(self, num_queries, is_causal)
-        in_bands = bands.num_queries * (bands.width + self.global_tokens)
+        in_bands = bands.num_queries * (math.prod(bands.widths) + self.global_tokens)
         return in_bands + self.global_tokens * self.key_length
 
     def _has_equal_rows(self):
@@ -188,15 +195,20 @@ def banded_attention(query, examples, attend):
         visible = append(visible, tokens.visibility(bands), axis=3)
     visible = ops.expand_dims(join_axes(visible, 0), axis=1)
     in_slabs = _seen_by(
-        visible, examples, key=slabs("key"), value=slabs("value"), log_scale=slabs("log_scale")
+        visible,
+        examples,
+        key=slabs("key"),
+        value=slabs("value"),
+        log_scale=slabs("log_scale"),
+        all_are_sighted=examples.mask is None and window.has_key_at_each_of(bands.query_sizes),
     )
     output = attend(join_axes(bands.blocks(query), 0), in_slabs)
     output = bands.unblock(output, batch)
     return output if tokens is None else tokens.answer(output, query, examples, attend)
 
 
-def _seen_by(visible, examples, **tensors):
-    """`examples` with other tensors, of which `visible` alone says who sees them."""
+def _seen_by(visible, examples, **changes):
+    """`examples` with changes, of which `visible` alone says who sees them."""
     return dataclasses.replace(
         examples,
         mask=None,
@@ -205,7 +217,7 @@ def _seen_by(visible, examples, **tensors):
         visible=visible,
         window=None,
         grid=None,
-        **tensors,
+        **changes,
     )
 
 
@@ -238,9 +250,9 @@ class _Bands:
         return math.prod([n * self.block * self.window.dilation for n in self.num_blocks])
 
     @property
-    def width(self):
-        """The number of keys in a slab."""
-        return math.prod([self.block + self.reach + self.ahead(a) for a in range(self.num_axes)])
+    def widths(self):
+        """The number of keys in a slab along each axis."""
+        return [self.block + self.reach + self.ahead(axis) for axis in range(self.num_axes)]
 
     def visibility(self):
         """Boolean `(B or 1, N, block, slab)`: which query of a block sees which key of its slab.
@@ -271,27 +283,29 @@ class _Bands:
                 past |= tied & (difference > 0)
                 tied &= difference == 0
             near = near & (past | tied)
-        return near.reshape(self.block**self.num_axes, self.width)
+        return near.reshape(self.block**self.num_axes, -1)
 
     def blocks(self, x):
         """Cuts `(B, T, *rest)` into `(B, N, block, *rest)`."""
         x = to_grid(x, self.window.query_grid)
         for axis, count in enumerate(self.num_blocks):
             x = fit_axis(x, 1 + axis, count * self.block * self.window.dilation)
-        return self._gather(self._classes(x), [self.block] * self.num_axes)
+        x = self._classes(x)
+        for axis in range(self.num_axes):
+            x = split_axis(x, 2 + 2 * axis, self.block)
+        return self._gather(x)
 
     def slabs(self, x):
         """Cuts `(B, S, *rest)` into `(B, N, slab, *rest)`, zeros beyond the ends."""
-        x, step = to_grid(x, self.window.key_grid), self.block * self.window.dilation
-        before = -(-self.reach // self.block)
+        x, dilation = to_grid(x, self.window.key_grid), self.window.dilation
         for axis, count in enumerate(self.num_blocks):
-            size = (count + -(-self.ahead(axis) // self.block)) * step
-            x = fit_axis(x, 1 + axis, size, front=before * step)
+            size = (count - 1 + -(-self.widths[axis] // self.block)) * self.block
+            front = self.reach * dilation
+            x = fit_axis(x, 1 + axis, size * dilation - front, front=front)
         x = self._classes(x)
-        for axis in range(self.num_axes):
-            x = self._overlap(x, axis, before)
-        widths = [self.block + self.reach + self.ahead(axis) for axis in range(self.num_axes)]
-        return self._gather(x, widths)
+        for axis, (count, width) in enumerate(zip(self.num_blocks, self.widths)):
+            x = overlapping(x, 2 + 2 * axis, count, width, self.block)
+        return self._gather(x)
 
     def _classes(self, x):
         """Turns `(B, *grid, *rest)` into `(B, classes, *(count * block), *rest)`."""
@@ -308,36 +322,15 @@ class _Bands:
         x = ops.transpose(x, [0] + inner[1::2] + inner[::2] + tail)
         return native.reshape(x, (batch, dilation**self.num_axes) + sizes + tuple(rest))
 
-    def _overlap(self, x, axis, before):
-        """Repeats along a grid axis what neighbouring blocks share: blocks become slabs."""
-        count, ahead = self.num_blocks[axis], self.ahead(axis)
-        # From the first block to the last: how much of each a slab takes in.
-        sizes = [self.reach - (before - 1) * self.block] + [self.block] * (before - 1)
-        sizes = [*(sizes if before else []), self.block]
-        while ahead > 0:
-            sizes.append(min(ahead, self.block))
-            ahead -= self.block
-        axis = axis + 2
-        x, lead = split_axis(x, axis, self.block), (slice(None),) * axis
-        parts = []
-        for index, size in enumerate(sizes):
-            within = slice(self.block - size, None) if index < before else slice(0, size)
-            parts.append(x[lead + (slice(index, index + count), within)])
-        return join_axes(ops.concatenate(parts, axis=axis + 1), axis)
-
-    def _gather(self, x, widths):
-        """Turns `(B, classes, *(n * width), *rest)` into `(B, N, prod(widths), *rest)`."""
-        shape = ops.shape(x)
-        rest = tuple(shape[2 + self.num_axes :])
-        split = tuple(
-            size for count, width in zip(self.num_blocks, widths) for size in (count, width)
+    def _gather(self, x):
+        """Turns `(B, classes, n, width, *rest)`, a pair an axis, into `(B, N, slab, *rest)`."""
+        shape, end = ops.shape(x), 2 + 2 * self.num_axes
+        counts, widths = list(range(2, end, 2)), list(range(3, end, 2))
+        x = ops.transpose(x, [0, 1, *counts, *widths, *range(end, len(shape))])
+        count, width = (
+            math.prod([shape[axis] for axis in axes]) for axes in ([1, *counts], widths)
         )
-        x = native.reshape(x, (shape[0], shape[1]) + split + rest)
-        inner = list(range(2, 2 + 2 * self.num_axes))
-        tail = list(range(2 + 2 * self.num_axes, len(x.shape)))
-        x = ops.transpose(x, [0, 1] + inner[::2] + inner[1::2] + tail)
-        count = shape[1] * math.prod(self.num_blocks)
-        return native.reshape(x, (shape[0], count, math.prod(widths)) + rest)
+        return native.reshape(x, (shape[0], count, width, *shape[end:]))
 
     def unblock(self, x, batch):
         """Undoes `blocks` for `x`, `(B * N, block, *rest)`."""
