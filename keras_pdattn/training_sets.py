@@ -6,7 +6,7 @@ import keras
 from keras import ops
 
 from keras_pdattn import descriptions, validation
-from keras_pdattn.ops import pooling
+from keras_pdattn.ops import native, pooling
 from keras_pdattn.ops.windows import Window
 
 
@@ -218,7 +218,7 @@ class _PooledKeys(TrainingSet):
     takes_means = True
 
     def select(self, keys, queries):
-        query_length = ops.shape(queries.x)[1]
+        query_length = native.shape(queries.x)[1]
         return pooling.pooled_examples(keys, query_length, self.scale, self.reduction)
 
     def has_causal_form(self, num_axes):

@@ -18,8 +18,10 @@ def accumulator(dtype):
 
 def cast(x, dtype):
     """`x` in `dtype`; `ops.cast`, but free where that is nothing to do."""
-    standardize = keras.backend.standardize_dtype
-    if x.dtype == dtype or standardize(x.dtype) == standardize(dtype):
+    if x.dtype == dtype:
+        return x
+    name = keras.backend.standardize_dtype(x.dtype)
+    if name == dtype or name == keras.backend.standardize_dtype(dtype):
         return x
     return ops.cast(x, dtype)
 

@@ -56,7 +56,7 @@ class Queries:
 
     def with_x(self, x):
         """The queries with another `x`."""
-        return dataclasses.replace(self, x=x)
+        return self if x is self.x else dataclasses.replace(self, x=x)
 
     def zero_padding(self):
         """Puts zero where `mask` marks padding."""
@@ -201,8 +201,10 @@ class Examples:
 
     def with_keys(self, function):
         """Replaces every key by `function(key)`."""
-        own = self.own and dataclasses.replace(self.own, key=function(self.own.key))
-        return dataclasses.replace(self, key=function(self.key), own=own)
+        key, own = function(self.key), self.own and self.own.with_key(function(self.own.key))
+        if key is self.key and own is self.own:
+            return self
+        return dataclasses.replace(self, key=key, own=own)
 
     def with_scaled_keys(self, function):
         """Replaces every key, and `log_scale`, by the pair `function(key)`."""
@@ -332,6 +334,10 @@ class OwnExample:
     mask: Any = None
     visible: Any = None
     log_scale: Any = None
+
+    def with_key(self, key):
+        """The example with another `key`."""
+        return self if key is self.key else dataclasses.replace(self, key=key)
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T)`; or `None`."""

@@ -85,9 +85,9 @@ def mean(x, axis, dtype=None, keepdims=False):
 
     In `dtype`, that of `x` if `None`.
     """
-    dtype = dtype or keras.backend.standardize_dtype(x.dtype)
     if IS_TORCH:
         return torch_native.mean(x, axis, dtype, keepdims)
+    dtype = dtype or keras.backend.standardize_dtype(x.dtype)
     # Not `ops.mean`, which computes float64 in float32 on some backends.
     total = ops.sum(widen(x), axis=axis, keepdims=keepdims)
     return cast(total / max(x.shape[axis], 1), dtype)

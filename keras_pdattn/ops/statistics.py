@@ -35,7 +35,9 @@ def mean(x, mask=None):
 
 def variance(centred, mask=None):
     """The mean square of each feature over time of what has a mean of zero; see `mean`."""
-    return mean(ops.square(widen(centred)), mask)
+    centred = widen(centred)
+    # Not `ops.square`, which looks for symbolic tensors first.
+    return mean(centred * centred, mask)
 
 
 def origin(x, mask=None):

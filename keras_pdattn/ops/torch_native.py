@@ -22,7 +22,7 @@ def pad(x, widths, fill):
 
 
 def mean(x, axis, dtype, keepdims):
-    dtype = getattr(torch, dtype)
+    dtype = getattr(torch, dtype) if dtype else x.dtype
     if x.is_cuda:
         # Whose sums are wide in any case.
         return x.mean(axis, keepdims, dtype=dtype)
