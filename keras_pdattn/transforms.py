@@ -187,7 +187,7 @@ class BatchNorm(Transform):
 
     def apply(self, x, statistics, weights):
         mean, deviation = statistics
-        return self._less_mean(x, mean, weights) / deviation
+        return self._normalise(x, deviation, weights, mean)
 
     def has_causal_form(self, shift_invariant):
         return shift_invariant
@@ -203,13 +203,11 @@ class BatchNorm(Transform):
         # Centred, whatever beta is: a common offset would eat the mantissa.
         centred = examples.with_keys(lambda key: native.widened(key) - mean)
         variance = self._denominator(statistics.variance(centred.key, examples.mask))
-        x = self._less_mean(queries.x, mean, weights)
         if _is_half(dtype):
             # Where keys have no spread, 1 / epsilon is beyond float16: scale both, once each.
-            deviation = ops.sqrt(variance)
-            x, centred = x / deviation, centred.with_keys(lambda key: key / deviation)
-        else:
-            x = native.ratio(x, variance)
+            variance = ops.sqrt(variance)
+            centred = centred.with_keys(lambda key: key / variance)
+        x = self._normalise(queries.x, variance, weights, mean)
         return _narrowed(queries.with_x(x), centred, dtype)
 
     def _fit_prefixes(self, queries, examples, weights):
@@ -226,25 +224,24 @@ class BatchNorm(Transform):
         if centred.own is not None:
             moments = statistics.append_example(moments, centred.own.key, centred.own.mask)
         _, mean, variance = moments
-        x = self._less_mean(queries.x, origin + mean, weights)
-        x = native.ratio(x, self._denominator(variance))
+        x = self._normalise(queries.x, self._denominator(variance), weights, origin, mean)
         dtype = queries.x.dtype
         # Where a prefix has no spread, 1 / epsilon is beyond float16.
         return _narrowed(queries.with_x(x), centred, x.dtype if _is_half(dtype) else dtype)
 
     def _denominator(self, variance):
-        """What a product of a query and a key is divided by."""
-        return variance + self.epsilon if self.scale else ops.ones_like(variance)
+        """What a product of a query and a key is divided by; `variance` is lost."""
+        return native.raised(variance, self.epsilon) if self.scale else ops.ones_like(variance)
 
-    def _less_mean(self, x, mean, weights):
-        """`x` less beta times the mean."""
+    def _normalise(self, x, divisor, weights, *means):
+        """`x` less beta times the mean, which is the sum of `means`, over `divisor`."""
         if not self.center:
-            return widen(x)
-        if self.learn_beta:
-            mean = ops.cast(weights["beta"], mean.dtype) * mean
+            means = ()
+        elif self.learn_beta:
+            means = [ops.cast(weights["beta"], mean.dtype) * mean for mean in means]
         elif self.beta != 1:
-            mean = self.beta * mean
-        return native.widened(x) - mean
+            means = [self.beta * mean for mean in means]
+        return native.ratio(native.widened(x), divisor, *means)
 
 
 def _is_half(dtype):

@@ -244,11 +244,13 @@ def test_only_gradients_that_are_wanted(monkeypatch):
 
 @has_own_gradients
 @pytest.mark.parametrize("total_shape", [(2, 3, 5, 1), (3, 1, 1)])
-def test_ratio(monkeypatch, total_shape):
-    """Of tensors laid out as they are not indexed, to which a total is broadcast."""
+@pytest.mark.parametrize("less_shapes", [(), [(2, 1, 5, 4)], [(3, 1, 4), (2, 3, 5, 1)]])
+def test_ratio(monkeypatch, total_shape, less_shapes):
+    """Of tensors laid out as they are not indexed, others being broadcast to them."""
     monkeypatch.setattr("keras_pdattn.ops.torch_native.LEAST_ENTRIES", 0)
 
-    def ratio(part, total):
-        return [native.ratio(part.transpose(1, 3), total.exp())]
+    def ratio(part, total, *less):
+        return [native.ratio(part.transpose(1, 3), total.exp(), *less)]
 
-    check_against_other_backends(monkeypatch, ratio, normal(2, 4, 5, 3), normal(*total_shape))
+    shapes = (2, 4, 5, 3), total_shape, *less_shapes
+    check_against_other_backends(monkeypatch, ratio, *(normal(*shape) for shape in shapes))

@@ -177,6 +177,11 @@ def softmax_attention_of_lengths(
     )
 
 
+def raised(x, number):
+    """`x + number`; on torch in the memory of `x`, which is lost."""
+    return x.add_(number) if IS_TORCH else x + number
+
+
 def at_least(x, least):
     """`ops.maximum` with a number, which torch would first bring to where `x` is."""
     return x.clamp(min=least) if IS_TORCH else ops.maximum(x, least)
@@ -220,9 +225,16 @@ def run_length(x):
     return torch_native.run_length(x)
 
 
-def ratio(part, total):
-    """`part / total`; eagerly on torch, with fewer passes over gradients."""
-    return torch_native.ratio(part, total) if is_eager_torch() else part / total
+def ratio(part, total, *less):
+    """`part` less all of `less`, over `total`.
+
+    Of many entries, run eagerly on torch, with fewer passes over gradients, and fewer tensors.
+    """
+    if is_eager_torch() and part.numel() >= torch_native.LEAST_ENTRIES:
+        return torch_native.run(torch_native.Ratio, part, total, *less)
+    for one in less:
+        part = part - one
+    return part / total
 
 
 def one_for_zero(x):

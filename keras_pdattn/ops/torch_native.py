@@ -1,6 +1,7 @@
 """Torch's own operations; imported where it is the backend."""
 
 import functools
+import itertools
 
 import torch
 from torch.compiler import is_compiling  # noqa: F401
@@ -96,37 +97,48 @@ class ExpBelowZero(torch.autograd.Function):
 LEAST_ENTRIES = 2**18
 
 
-def ratio(part, total):
-    return part / total if part.numel() < LEAST_ENTRIES else run(Ratio, part, total)
-
-
 class Ratio(torch.autograd.Function):
-    """`part / total`, whose gradients need not look at `part`."""
+    """`part` less all of `less`, over `total`; gradients need not look at `part`."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(part, total):
-        return part / total
+    def forward(part, total, *less):
+        if not less:
+            return part / total
+        first, *others = less
+        difference = part - first
+        for one in others:
+            difference = difference.sub_(one)
+        return difference.div_(total)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
+        ctx.shapes = [x.shape for x in inputs]
         ctx.save_for_backward(output, inputs[1])
         ctx.save_for_forward(output, inputs[1])
 
     @staticmethod
     def backward(ctx, gradient):
         ratio, total = ctx.saved_tensors
-        of_part, of_total = gradient / total, None
-        if ctx.needs_input_grad[1]:
-            of_total = -(of_part * ratio).sum_to_size(total.shape)
-        return of_part, of_total
+        of_part, of_total, of_less = gradient / total, None, None
+        _, wants_total, *wants_less = ctx.needs_input_grad
+        if wants_total:
+            of_total = (of_part * ratio).neg_()
+        if any(wants_less):
+            of_less = -of_part
+        found = [of_part, of_total, *(of_less if wants else None for wants in wants_less)]
+        return tuple(
+            x if x is None else x.sum_to_size(shape) for x, shape in zip(found, ctx.shapes)
+        )
 
     @staticmethod
-    def jvp(ctx, part, total):
-        ratio, divisor = ctx.saved_tensors
-        of_part = 0 if part is None else part
-        return (of_part if total is None else of_part - ratio * total) / divisor
+    def jvp(ctx, of_part, of_total, *of_less):
+        ratio, total = ctx.saved_tensors
+        changes = [of_part, *(-x for x in of_less if x is not None)]
+        if of_total is not None:
+            changes.append(-ratio * of_total)
+        return sum(x for x in changes if x is not None) / total
 
 
 class Overlapping(torch.autograd.Function):
@@ -163,16 +175,18 @@ class Overlapping(torch.autograd.Function):
 class PrefixMoments(torch.autograd.Function):
     """Means of the prefixes of `x`, and their variances, `(B, T, H, D)`.
 
-    The gradient of a sum of squared deviations from a mean needs not look through the mean.
+    The gradient of a sum of squared deviations from a mean needs not look through the mean. What
+    is new in memory takes longer than the sums, so there is as little of it as can be.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x, weight, count):
-        mean = _prefix_means(x, weight, count)
-        deviation = x - mean
-        return mean, _prefix_means(deviation.mul_(deviation), _shares(weight, count), count)
+        divisor = count.clamp(min=1)
+        mean = _prefix_sums(x.clone() if weight is None else x * weight).div_(divisor)
+        squares = (x - mean).square_().mul_(_shares(weight, count))
+        return mean, _prefix_sums(squares).div_(divisor)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -183,17 +197,18 @@ class PrefixMoments(torch.autograd.Function):
     def backward(ctx, of_mean, of_variance):
         x, weight, count, mean = ctx.saved_tensors
         divisor = count.clamp(min=1)
-        of_squares = of_variance / divisor
-        constant = torch.addcmul(of_mean / divisor, of_squares, mean, value=-2)
-        gradient = torch.addcmul(_suffix_sums(constant), x, _suffix_sums(of_squares), value=2)
+        constant = torch.addcmul(of_mean, of_variance, mean, value=-2).div_(divisor)
+        of_squares = _suffix_sums(of_variance / divisor)
+        gradient = _suffix_sums(constant).addcmul_(x, of_squares, value=2)
         return gradient if weight is None else gradient * weight, None, None
 
     @staticmethod
     def jvp(ctx, tangent, *_):
         x, weight, count, mean = ctx.saved_tensors
-        of_mean = _prefix_means(tangent, weight, count)
-        of_squares = 2 * (x - mean) * (tangent - of_mean)
-        return of_mean, _prefix_means(of_squares, _shares(weight, count), count)
+        divisor = count.clamp(min=1)
+        of_mean = _prefix_sums(tangent.clone() if weight is None else tangent * weight) / divisor
+        of_squares = 2 * (x - mean) * (tangent - of_mean) * _shares(weight, count)
+        return of_mean, _prefix_sums(of_squares) / divisor
 
 
 class CausalSums(torch.autograd.Function):
@@ -295,37 +310,62 @@ def run_length(x):
     return 64 if x.is_cuda else 16
 
 
-def _prefix_sums(x):
-    """For each entry along time the sum of it and all before, `(B, T, H, D)`."""
-    runs = _in_runs(x).cumsum(2)
-    runs[:, 1:].add_(runs[:, :-1, -1:].cumsum(1))
-    return _joined(runs, x)
-
-
-def _prefix_means(x, weight, count):
-    """Sums of prefixes of `x`, times `weight` if there is any, over the numbers in `count`."""
-    return _prefix_sums(x if weight is None else x * weight).div_(count.clamp(min=1))
-
-
 def _shares(weight, count):
     """What a squared deviation from the mean so far adds to the sum of those from the later."""
     share = count / (count - 1).clamp_(min=1)
     return share if weight is None else share * weight
 
 
+def _are_few(x):
+    """Whether the entries of `x` along time would make one run."""
+    return x.shape[1] <= run_length(x)
+
+
+def _prefix_sums(x):
+    """For each entry along time the sum of it and all before, `(B, T, H, D)`; `x` is lost."""
+    x = x.contiguous()
+    runs = _in_runs(x)
+    if x.is_cuda:
+        runs.cumsum_(2)
+    else:
+        _add_up(runs, range(runs.shape[2]))
+    totals = runs[:, :-1, -1:]
+    runs[:, 1:].add_(totals.cumsum(1) if _are_few(totals) else _prefix_sums(totals.clone()))
+    return _from_runs(runs, x)
+
+
 def _suffix_sums(x):
-    """For each entry along time the sum of it and all behind, `(B, T, H, D)`."""
+    """For each entry along time the sum of it and all behind, `(B, T, H, D)`; `x` is lost."""
     # Not a product with ones, in a third of the time: users may let products be less than float32.
-    return _prefix_sums(x.flip(1)).flip(1)
+    if x.is_cuda or _are_few(x):
+        return _prefix_sums(x.flip(1)).flip(1)
+    x = x.contiguous()
+    runs = _in_runs(x)
+    _add_up(runs, range(runs.shape[2] - 1, -1, -1))
+    runs[:, :-1].add_(_suffix_sums(runs[:, 1:, :1].clone()))
+    return _from_runs(runs, x)
+
+
+def _add_up(runs, places):
+    """Adds to what is at each of `places` of all runs what is at the one before, in their order.
+
+    On a CPU that takes a quarter of the time of `cumsum`, and no more memory.
+    """
+    for before, place in itertools.pairwise(places):
+        runs[:, :, place].add_(runs[:, :, before])
 
 
 def _in_runs(x):
+    """`x` cut along time, `(B, n, run, H * D)`: a view, but for zeros that fill up the last run."""
     size = run_length(x)
     rest = -x.shape[1] % size
-    x = functional.pad(x, [0, 0, 0, 0, 0, rest]) if rest else x
-    return x.reshape(x.shape[0], -1, size, x.shape[2] * x.shape[3])
+    filled = functional.pad(x, [0, 0, 0, 0, 0, rest]) if rest else x
+    return filled.view(x.shape[0], -1, size, x.shape[2] * x.shape[3])
 
 
-def _joined(runs, x):
-    """Undoes `_in_runs` of `x`."""
-    return runs.flatten(1, 2)[:, : x.shape[1]].reshape(x.shape)
+def _from_runs(runs, x):
+    """`x` as it is in `runs`, which `_in_runs` made of it."""
+    if x.shape[1] % runs.shape[2] == 0:
+        return x
+    # Into `x`: no view, which autograd would let nobody work on in place.
+    return x.copy_(runs.flatten(1, 2)[:, : x.shape[1]].view(x.shape))
