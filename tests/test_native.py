@@ -243,6 +243,30 @@ def test_only_gradients_that_are_wanted(monkeypatch):
 
 
 @has_own_gradients
+def test_sum_of_products(monkeypatch):
+    """Of keys laid out as they are not indexed; in transforms of functions; under autocast."""
+    import torch
+
+    def sums(key, value):
+        return [native.sum_of_products(key.transpose(1, 2), value)]
+
+    def loss(key, value):
+        return sums(key, value)[0].square().sum()
+
+    arrays = normal(2, 3, 70, 4), normal(2, 70, 6)
+    inputs = [torch.tensor(x, requires_grad=True) for x in arrays]
+    expected = torch.autograd.grad(loss(*inputs), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = loss(*inputs)
+    for one, other in zip(torch.autograd.grad(rounded, inputs), expected):
+        torch.testing.assert_close(one, other)
+    per_sample = torch.func.vmap(torch.func.grad(loss, (0, 1)))
+    for one, other in zip(per_sample(*(x.unsqueeze(1) for x in inputs)), expected):
+        torch.testing.assert_close(one.squeeze(1), other)
+    check_against_other_backends(monkeypatch, sums, *arrays)
+
+
+@has_own_gradients
 @pytest.mark.parametrize("total_shape", [(2, 3, 5, 1), (3, 1, 1)])
 @pytest.mark.parametrize("less_shapes", [(), [(2, 1, 5, 4)], [(3, 1, 4), (2, 3, 5, 1)]])
 def test_ratio(monkeypatch, total_shape, less_shapes):

@@ -220,6 +220,13 @@ def causal_sums(query, key, value, stride, is_triangular):
     return torch_native.run(torch_native.CausalSums, query, key, value, stride, is_triangular)[0]
 
 
+def sum_of_products(key, value):
+    """Sums over time of products: of `(B, M, H, F)` and `(B, M, W)`, `(B, H, F, W)`."""
+    if is_eager_torch():
+        return torch_native.run(torch_native.SumOfProducts, key, value)
+    return ops.einsum("bmhf,bmw->bhfw", key, value)
+
+
 def run_length(x):
     """How many entries are summed up before runs of them are, on torch."""
     return torch_native.run_length(x)

@@ -135,7 +135,7 @@ def _state(key, key_sum, value, projections):
     if projections is None:
         return ops.einsum("bmhf,bmhd->bhfd", key, value)
     _, project = projections
-    sums = ops.einsum("bmhf,bmw->bhfw", key, join_axes(value, 2))
+    sums = native.sum_of_products(key, join_axes(value, 2))
     state = ops.einsum("bhfw,whd->bhfd", sums, widen(project.kernel))
     if project.bias is None:
         return state

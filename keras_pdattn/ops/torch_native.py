@@ -211,6 +211,38 @@ class PrefixMoments(torch.autograd.Function):
         return of_mean, _prefix_sums(of_squares) / divisor
 
 
+class SumOfProducts(torch.autograd.Function):
+    """Sums over time of products of keys, `(B, M, H, F)`, and values, `(B, M, W)`.
+
+    A gradient of its own is laid out as what it is a gradient of.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(key, value):
+        with _as_they_are(key):
+            sums = key.flatten(2).mT @ value
+        return sums.unflatten(1, key.shape[2:])
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        key, value = ctx.saved_tensors
+        gradient = gradient.flatten(1, 2)
+        with _as_they_are(key):
+            return (value @ gradient.mT).unflatten(2, key.shape[2:]), key.flatten(2) @ gradient
+
+    @staticmethod
+    def jvp(ctx, of_key, of_value):
+        key, value = ctx.saved_tensors
+        return SumOfProducts.forward(of_key, value) + SumOfProducts.forward(key, of_value)
+
+
 class CausalSums(torch.autograd.Function):
     """The sums of values that causal queries weigh by their products with keys, by chunks.
 
