@@ -142,7 +142,10 @@ def check_against_other_backends(monkeypatch, function, *arrays):
 @has_own_gradients
 @pytest.mark.parametrize("length", [1, 5, 16, 17, 300])
 @pytest.mark.parametrize("is_padded", [False, True])
-def test_moments_of_prefixes(monkeypatch, length, is_padded):
+@pytest.mark.parametrize("least_entries", [100, 10**6])
+def test_moments_of_prefixes(monkeypatch, length, is_padded, least_entries):
+    """By running sums of many entries, in runs of runs, and of few."""
+    monkeypatch.setattr("keras_pdattn.ops.torch_native.LEAST_ENTRIES", least_entries)
     mask = RNG.random((2, length)) < 0.7 if is_padded else None
 
     def moments(x):
