@@ -281,3 +281,45 @@ def test_ratio(monkeypatch, total_shape, less_shapes):
 
     shapes = (2, 4, 5, 3), total_shape, *less_shapes
     check_against_other_backends(monkeypatch, ratio, *(normal(*shape) for shape in shapes))
+
+
+@has_own_gradients
+@pytest.mark.parametrize("batched", [(0, 0, 0, 0), (0, None, None, None), (None, None, 1, 0)])
+def test_batches_of_ratios(monkeypatch, batched):
+    """Of some of the tensors, which need not be those worked on in place."""
+    import torch
+
+    monkeypatch.setattr("keras_pdattn.ops.torch_native.LEAST_ENTRIES", 0)
+    shapes = (2, 3, 5, 4), (3, 5, 1), (2, 1, 5, 4), (5, 4)
+    inputs = []
+    for dim, shape in zip(batched, shapes):
+        shape = shape if dim is None else (*shape[:dim], 6, *shape[dim:])
+        inputs.append(torch.tensor(normal(*shape)))
+
+    def gradients(*tensors):
+        return torch.func.grad(lambda *x: native.ratio(*x).square().sum(), (0, 1, 2, 3))(*tensors)
+
+    found = torch.func.vmap(gradients, batched)(*inputs)
+    for index in range(6):
+        its = [x if dim is None else x.select(dim, index) for x, dim in zip(inputs, batched)]
+        for one, other in zip(found, gradients(*its)):
+            torch.testing.assert_close(one[index], other, rtol=1e-4, atol=1e-4)
+
+
+@has_own_gradients
+def test_batches_of_tangents():
+    """Of one of the tensors only."""
+    import torch
+
+    inputs = tuple(torch.tensor(normal(1, 70, 2, 4)) for _ in range(3))
+
+    def derivative(tangent):
+        tangents = inputs[0], tangent, inputs[2]
+        return torch.func.jvp(
+            lambda *x: ops.attention(*x, "linear", is_causal=True), inputs, tangents
+        )
+
+    tangents = torch.tensor(normal(3, 1, 70, 2, 4))
+    _, found = torch.func.vmap(derivative)(tangents)
+    for one, tangent in zip(found, tangents):
+        torch.testing.assert_close(one, derivative(tangent)[1])

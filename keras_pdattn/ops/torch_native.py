@@ -100,8 +100,6 @@ LEAST_ENTRIES = 2**18
 class Ratio(torch.autograd.Function):
     """`part` less all of `less`, over `total`; gradients need not look at `part`."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(part, total, *less):
         if not less:
@@ -139,6 +137,25 @@ class Ratio(torch.autograd.Function):
         if of_total is not None:
             changes.append(-ratio * of_total)
         return sum(x for x in changes if x is not None) / total
+
+    @staticmethod
+    def vmap(info, in_dims, part, *others):
+        # Work in place needs a batch of what is worked on, whatever else there is a batch of.
+        part_dim, *dims = in_dims
+        if part_dim is None:
+            part = part.expand(info.batch_size, *part.shape)
+        else:
+            part = part.movedim(part_dim, 0)
+        others = [
+            x if dim is None else _fit_rank(x.movedim(dim, 0), part.dim())
+            for x, dim in zip(others, dims)
+        ]
+        return Ratio.apply(part, *others), 0
+
+
+def _fit_rank(x, rank):
+    """`x` with axes of size one behind its first, `rank` in all."""
+    return x.reshape(x.shape[0], *[1] * (rank - x.dim()), *x.shape[1:])
 
 
 class Overlapping(torch.autograd.Function):
@@ -233,9 +250,14 @@ class SumOfProducts(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         key, value = ctx.saved_tensors
-        gradient = gradient.flatten(1, 2)
+        gradient, of_key, of_value = gradient.flatten(1, 2), None, None
+        wants_key, wants_value = ctx.needs_input_grad
         with _as_they_are(key):
-            return (value @ gradient.mT).unflatten(2, key.shape[2:]), key.flatten(2) @ gradient
+            if wants_key:
+                of_key = (value @ gradient.mT).unflatten(2, key.shape[2:])
+            if wants_value:
+                of_value = key.flatten(2) @ gradient
+        return of_key, of_value
 
     @staticmethod
     def jvp(ctx, of_key, of_value):
@@ -297,7 +319,8 @@ class CausalSums(torch.autograd.Function):
         for index, tangent in enumerate(tangents[: len(tensors)]):
             if tangent is not None:
                 changed = (*tensors[:index], tangent, *tensors[index + 1 :])
-                total += CausalSums.forward(*changed, ctx.stride, ctx.is_triangular)[0]
+                sums, *_ = CausalSums.forward(*changed, ctx.stride, ctx.is_triangular)
+                total = total + sums
         return total, None, None
 
 
