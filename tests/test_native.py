@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from keras_pdattn import Primal, ops
-from keras_pdattn.ops import dtypes, indexing, native, states, statistics, sums
+from keras_pdattn.ops import dtypes, examples, indexing, native, states, statistics, sums
 from keras_pdattn.training_sets import ScaledHeads, SlidingWindow
 from keras_pdattn.transforms import BatchNorm
 
@@ -110,6 +110,16 @@ def test_cast():
     x = keras.ops.ones((2,), dtype="float32")
     assert dtypes.cast(x, "float32") is x
     assert keras.backend.standardize_dtype(dtypes.cast(x, "bfloat16").dtype) == "bfloat16"
+
+
+def test_own_keys_change_where_others_do_not():
+    """A cast that finds the keys in its dtype leaves nothing out."""
+    x, narrow = keras.ops.ones((1, 2, 1, 3)), keras.ops.ones((1, 2, 1, 3), dtype="bfloat16")
+    both = examples.Examples(x, x, own=examples.OwnExample(narrow, x))
+    widened = both.with_keys(lambda key: dtypes.cast(key, "float32"))
+    assert widened.key is x
+    assert keras.backend.standardize_dtype(widened.own.key.dtype) == "float32"
+    assert widened.with_keys(lambda key: dtypes.cast(key, "float32")) is widened
 
 
 def check_against_other_backends(monkeypatch, function, *arrays):

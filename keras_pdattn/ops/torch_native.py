@@ -201,7 +201,7 @@ class PrefixMoments(torch.autograd.Function):
     @staticmethod
     def forward(x, weight, count):
         divisor = count.clamp(min=1)
-        mean = _prefix_sums(x.clone() if weight is None else x * weight).div_(divisor)
+        mean = _prefix_means(x, weight, divisor)
         squares = (x - mean).square_().mul_(_shares(weight, count))
         return mean, _prefix_sums(squares).div_(divisor)
 
@@ -223,15 +223,15 @@ class PrefixMoments(torch.autograd.Function):
     def jvp(ctx, tangent, *_):
         x, weight, count, mean = ctx.saved_tensors
         divisor = count.clamp(min=1)
-        of_mean = _prefix_sums(tangent.clone() if weight is None else tangent * weight) / divisor
+        of_mean = _prefix_means(tangent, weight, divisor)
         of_squares = 2 * (x - mean) * (tangent - of_mean) * _shares(weight, count)
-        return of_mean, _prefix_sums(of_squares) / divisor
+        return of_mean, _prefix_sums(of_squares).div_(divisor)
 
 
 class SumOfProducts(torch.autograd.Function):
     """Sums over time of products of keys, `(B, M, H, F)`, and values, `(B, M, W)`.
 
-    A gradient of its own is laid out as what it is a gradient of.
+    Gradients are laid out as contiguous keys and values are, not across them.
     """
 
     generate_vmap_rule = True
@@ -363,6 +363,10 @@ def run_length(x):
     On a CPU, of 8 to 64 the fastest; on a GPU, which sums one entry after the other, of 16 to 128.
     """
     return 64 if x.is_cuda else 16
+
+
+def _prefix_means(x, weight, divisor):
+    return _prefix_sums(x.clone() if weight is None else x * weight).div_(divisor)
 
 
 def _shares(weight, count):
