@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_pdattn import descriptions, validation
 from keras_pdattn.ops import native, pooling
+from keras_pdattn.ops.records import replace
 from keras_pdattn.ops.windows import Window
 
 
@@ -291,7 +292,7 @@ class SlidingWindow(TrainingSet):
             length,
             valid,
         )
-        return dataclasses.replace(keys, window=window)
+        return replace(keys, window=window)
 
     def within(self, size):
         steps = -(-size // self.dilation)
@@ -311,8 +312,8 @@ class _WindowWithin(TrainingSet):
 
     def select(self, keys, queries):
         examples = self.window.select(keys, queries)
-        window = dataclasses.replace(examples.window, reach=self.reach)
-        return dataclasses.replace(examples, window=window)
+        window = replace(examples.window, reach=self.reach)
+        return replace(examples, window=window)
 
     def has_causal_form(self, num_axes):
         return True

@@ -10,6 +10,7 @@ from keras_pdattn import descriptions, validation
 from keras_pdattn.ops import convolution, native, statistics
 from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import take_along_time
+from keras_pdattn.ops.records import replace
 
 
 class Transform(descriptions.WeightedMember):
@@ -300,8 +301,8 @@ class _Convolution(Transform):
             before = self._convolve(examples.key, kernel, taps=convolution.past)
             before = take_along_time(before, ops.minimum(examples.limit, ops.shape(key)[1] - 1))
             centre = ops.cast(kernel[self.kernel_size // 2], before.dtype)
-            own = dataclasses.replace(own, key=centre * widen(own.key) + before)
-        return queries.with_x(cast(x, dtype)), dataclasses.replace(examples, key=key, own=own)
+            own = replace(own, key=centre * widen(own.key) + before)
+        return queries.with_x(cast(x, dtype)), replace(examples, key=key, own=own)
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

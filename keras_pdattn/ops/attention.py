@@ -14,6 +14,7 @@ from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.ops.indexing import zero_where_masked
 from keras_pdattn.ops.kernels import in_output_layout
 from keras_pdattn.ops.prefixes import prefix_by_prefix
+from keras_pdattn.ops.records import replace
 
 
 def attention(
@@ -196,13 +197,13 @@ def attention(
             )
         )
     outputs, scores = zip(*_solve_all(problems))
-    output = outputs[0] if len(outputs) == 1 else ops.concatenate(outputs, axis=2)
+    output = native.concatenate(outputs, axis=2)
     if query_mask is not None:
         rows = ops.expand_dims(query_mask, axis=1)
         output = ops.where(in_output_layout(rows), output, ops.zeros_like(output))
     if not return_scores:
         return output
-    scores = scores[0] if len(scores) == 1 else ops.concatenate(scores, axis=1)
+    scores = native.concatenate(scores, axis=1)
     if query_mask is not None:
         scores = ops.where(ops.expand_dims(rows, axis=-1), scores, 0.0)
     return output, cast(scores, value.dtype)
@@ -216,9 +217,7 @@ def _within(sliding_window, training_set, keys, queries):
     if near is not None:
         return near, keys
     window = training_sets.SlidingWindow(sliding_window).select(keys, queries).window
-    return training_set, dataclasses.replace(
-        keys, visible=masks.intersect(window.visibility(), keys.visible)
-    )
+    return training_set, replace(keys, visible=masks.intersect(window.visibility(), keys.visible))
 
 
 def has_causal_form(primal, training_set, key_grid):
@@ -290,7 +289,7 @@ class _Problem:
 
         def solve(queries, keys, dropout):
             changes = {"queries": queries, "keys": keys, "dropout": dropout}
-            return dataclasses.replace(self, **changes).solve()
+            return replace(self, **changes).solve()
 
         is_pointwise = all(transform.is_pointwise for transform in self.primal.transform)
         return prefix_by_prefix(solve, self.queries, self.keys, self.dropout, is_pointwise)

@@ -10,6 +10,7 @@ from keras_pdattn.ops.blocks import map_blocks
 from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, share, weighted_sums
+from keras_pdattn.ops.records import replace
 from keras_pdattn.ops.windows import banded_attention
 
 #: Up to how many weights are held at once, those of all heads and sequences; how many rows of
@@ -62,7 +63,7 @@ class Operands:
         if own is None:
             return operands
         log_scale = own.log_scale
-        return dataclasses.replace(
+        return replace(
             operands,
             own_key=swap_heads_and_time(own.key),
             own_value=swap_heads_and_time(for_products(own.value)),
@@ -104,7 +105,7 @@ class Operands:
             column = default[..., 0] if column is None else column
             x = ops.broadcast_to(x, lead + (ops.shape(products)[-1],))
             column = ops.expand_dims(ops.broadcast_to(column, lead), axis=-1)
-            return ops.concatenate([x, column], axis=-1)
+            return native.concatenate([x, column], axis=-1)
 
         everything = ops.ones((1, 1, 1, 1), dtype="bool")
         return (

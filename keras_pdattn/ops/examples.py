@@ -15,6 +15,7 @@ from keras_pdattn.ops.indexing import (
     take_along_time,
     zero_where_masked,
 )
+from keras_pdattn.ops.records import replace
 from keras_pdattn.ops.windows import Window
 
 
@@ -56,7 +57,7 @@ class Queries:
 
     def with_x(self, x):
         """The queries with another `x`."""
-        return self if x is self.x else dataclasses.replace(self, x=x)
+        return self if x is self.x else replace(self, x=x)
 
     def zero_padding(self):
         """Puts zero where `mask` marks padding."""
@@ -179,9 +180,7 @@ class Examples:
             parts["projections"] = zip(*(one.split(sizes) for one in self.projections))
         if self.visible is not None and self.visible.shape[1] != 1:
             parts["visible"] = native.split(self.visible, sizes, axis=1)
-        return [
-            dataclasses.replace(self, **dict(zip(parts, values))) for values in zip(*parts.values())
-        ]
+        return [replace(self, **dict(zip(parts, values))) for values in zip(*parts.values())]
 
     def projected(self):
         """The examples once `projections` are done."""
@@ -189,7 +188,7 @@ class Examples:
             return self
         _, project = self.projections
         value = project(join_axes(self.value, 2))
-        return dataclasses.replace(self.with_projected_keys(), value=value, projections=None)
+        return replace(self.with_projected_keys(), value=value, projections=None)
 
     def with_projected_keys(self):
         """The examples once those of `projections` are done that are of keys."""
@@ -197,29 +196,29 @@ class Examples:
         if project is None:
             return self
         changes = {"key": project(join_axes(self.key, 2)), "projections": (None, of_values)}
-        return dataclasses.replace(self, **changes).zero_padding()
+        return replace(self, **changes).zero_padding()
 
     def with_keys(self, function):
         """Replaces every key by `function(key)`."""
         key, own = function(self.key), self.own and self.own.with_key(function(self.own.key))
         if key is self.key and own is self.own:
             return self
-        return dataclasses.replace(self, key=key, own=own)
+        return replace(self, key=key, own=own)
 
     def with_scaled_keys(self, function):
         """Replaces every key, and `log_scale`, by the pair `function(key)`."""
         own = self.own
         if own is not None:
             key, log_scale = function(own.key)
-            own = dataclasses.replace(own, key=key, log_scale=log_scale)
+            own = replace(own, key=key, log_scale=log_scale)
         key, log_scale = function(self.key)
-        return dataclasses.replace(self, key=key, log_scale=log_scale, own=own)
+        return replace(self, key=key, log_scale=log_scale, own=own)
 
     def zero_padding(self):
         """Puts zero where `mask` marks padding."""
         if self.mask is None:
             return self
-        return dataclasses.replace(self, key=zero_where_masked(self.key, self.mask))
+        return replace(self, key=zero_where_masked(self.key, self.mask))
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T, M)`: which query sees which example; or `None`."""
@@ -255,12 +254,12 @@ class Examples:
         """The examples as some queries see them, with tensors of `by_query` for these alone."""
         changes = {name: by_query[name] for name in ("limit", "visible") if name in by_query}
         if self.window is not None:
-            changes["window"] = dataclasses.replace(self.window, position=by_query["position"])
+            changes["window"] = replace(self.window, position=by_query["position"])
         if self.own is not None:
-            changes["own"] = dataclasses.replace(
+            changes["own"] = replace(
                 self.own, mask=by_query.get("own_mask"), visible=by_query.get("own_visible")
             )
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)
 
     def of_block(self, block):
         """The examples as a block of queries, a slice, sees them; causally up to the last one."""
@@ -273,8 +272,8 @@ class Examples:
         if self.own is None:
             return examples
         key, value = self.own.key[:, block], self.own.value[:, block]
-        own = dataclasses.replace(examples.own, key=key, value=value)
-        return dataclasses.replace(examples, own=own)
+        own = replace(examples.own, key=key, value=value)
+        return replace(examples, own=own)
 
     def first(self, count):
         """The first `count` examples."""
@@ -285,7 +284,7 @@ class Examples:
             changes["visible"] = self.visible[..., :count]
         if self.window is not None:
             changes["window"] = self.window.first(count)
-        return dataclasses.replace(self, **changes)
+        return replace(self, **changes)
 
     def has_bands(self):
         """Whether a window leaves so little to each query that the rest need not be looked at."""
@@ -337,7 +336,7 @@ class OwnExample:
 
     def with_key(self, key):
         """The example with another `key`."""
-        return self if key is self.key else dataclasses.replace(self, key=key)
+        return self if key is self.key else replace(self, key=key)
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T)`; or `None`."""

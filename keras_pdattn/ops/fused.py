@@ -13,6 +13,7 @@ from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast, is_double, widen
 from keras_pdattn.ops.indexing import even, fit_axis, lead_with_zero, swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, in_output_layout
+from keras_pdattn.ops.records import replace
 
 #: How many causal queries share a block, where the kernel wants a mask of theirs.
 CAUSAL_BLOCK = 1024
@@ -160,7 +161,7 @@ def _hide_keys(query, key, value, mask):
     hidden = ops.broadcast_to(hidden, (*key.shape[:3], 1))
     width = key.shape[3] + ALIGNMENT
     query = fit_axis(fit_axis(query, 3, query.shape[3] + 1, fill=1), 3, width)
-    key = fit_axis(ops.concatenate([key, hidden], axis=-1), 3, width)
+    key = fit_axis(native.concatenate([key, hidden], axis=-1), 3, width)
     return query, key, fit_axis(value, 3, width)
 
 
@@ -198,7 +199,7 @@ def _in_causal_blocks(query, examples, scale):
     for start in range(0, length, size):
         block = slice(start, min(start + size, length))
         outputs.append(attend(query[:, block], examples, block, scale))
-    return ops.concatenate(outputs, axis=1)
+    return native.concatenate(outputs, axis=1)
 
 
 def _attend_block(query, examples, block, scale):
@@ -230,15 +231,17 @@ def _lead_with_own(query, examples):
     """
     own = examples.own
     less = -ops.sum(widen(query) * native.widened(own.key), axis=-1, keepdims=True)
-    # In two numbers, as 16 bits would round one off.
     high = cast(less, query.dtype)
-    low = cast(less - native.widened(high), query.dtype)
+    features = [query, high]
+    if high is not less:
+        # 16 bits rounded it off: what they left takes another feature.
+        features.append(cast(less - native.widened(high), query.dtype))
     width = _width_with_own(examples)
-    query = fit_axis(ops.concatenate([query, high, low], axis=-1), 3, width)
+    query = fit_axis(native.concatenate(features, axis=-1), 3, width)
     key, value = (
         lead_with_zero(fit_axis(x, 3, width, fill=1)) for x in (examples.key, examples.value)
     )
-    return query, dataclasses.replace(examples, key=key, value=value)
+    return query, replace(examples, key=key, value=value)
 
 
 def _width_with_own(examples):
@@ -268,7 +271,9 @@ def _lead_mask_with_own(mask, own_mask):
         own_mask = ops.ones((1, 1, 1), dtype="bool")
     own_mask = ops.expand_dims(own_mask, axis=-1)
     lead = np.broadcast_shapes(mask.shape[:3], own_mask.shape[:3])
-    return ops.concatenate([ops.broadcast_to(x, (*lead, x.shape[3])) for x in (own_mask, mask)], 3)
+    return native.concatenate(
+        [ops.broadcast_to(x, (*lead, x.shape[3])) for x in (own_mask, mask)], 3
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -379,5 +384,5 @@ def _as_rows(tensors, depth):
     """Heads as sequences of one head, filled up to one length and depth: `(B * H, T, 1, D)`."""
     length = even(max(x.shape[1] for x in tensors))
     filled = [fit_axis(fit_axis(x, 1, length), 3, depth) for x in tensors]
-    x = swap_heads_and_time(ops.concatenate(filled, axis=2))
+    x = swap_heads_and_time(native.concatenate(filled, axis=2))
     return native.reshape(x, (-1, length, 1, depth))

@@ -81,7 +81,7 @@ def fit_axis(x, axis, size, fill=0, front=0):
     if front:
         shape[axis] = front
         x = [ops.full(shape, fill, dtype=x[0].dtype), *x]
-    return ops.concatenate(x, axis=axis)[(slice(None),) * axis + (slice(0, front + size),)]
+    return native.concatenate(x, axis=axis)[(slice(None),) * axis + (slice(0, front + size),)]
 
 
 def _pad_axis(x, axis, front, behind, fill=0):
@@ -122,7 +122,7 @@ def overlapping(x, axis, count, width, step):
     for start in range(0, width, step):
         steps = split_axis(x[lead + (slice(start, start + count * step),)], axis, step)
         parts.append(steps[lead + (slice(None), slice(0, width - start))])
-    return ops.concatenate(parts, axis=axis + 1)
+    return native.concatenate(parts, axis=axis + 1)
 
 
 def lead_with_zero(x):
@@ -139,7 +139,7 @@ def append(x, other, axis):
     """Concatenates `other`, broadcast to the other axes of `x`, behind `x` along `axis`."""
     shape = list(native.shape(x))
     shape[axis] = native.shape(other)[axis]
-    return ops.concatenate([x, ops.broadcast_to(other, shape)], axis=axis)
+    return native.concatenate([x, ops.broadcast_to(other, shape)], axis=axis)
 
 
 def coordinates(position, grid):

@@ -21,6 +21,7 @@ from keras_pdattn.ops.indexing import (
     take_along_time,
     to_grid,
 )
+from keras_pdattn.ops.records import replace
 from keras_pdattn.ops.sums import cumulative_sum
 
 
@@ -67,7 +68,7 @@ def pooled_examples(keys, query_length, scale, reduction="mean"):
         mask=windows.has_members(steps, keys.mask is not None),
         visible=None if visible is None else windows.whole_so_far(visible, steps),
     )
-    return dataclasses.replace(
+    return replace(
         pooled,
         limit=windows.before(steps),
         stride=scale,
@@ -146,7 +147,7 @@ class Windows:
         if reduction == "first":
             is_first = ops.cast(windows.running_counts() == 1, windows.dtype)
             is_first = join_axes(windows.split(windows.member) * is_first, 1)
-            windows = dataclasses.replace(windows, is_member=is_first > 0)
+            windows = replace(windows, is_member=is_first > 0)
         return windows
 
     @property
@@ -211,17 +212,20 @@ class Windows:
 
     def _mean_of_all(self, x, dtype):
         """`mean`, with nothing to fill up the last window and nothing to leave out."""
-        whole = self.length - self.length % self.size
-        means = []
-        if whole:
-            means.append(native.mean(self.split(x[:, :whole]), 2, dtype))
-        if whole < self.length:
-            means.append(native.mean(x[:, whole:], 1, dtype, keepdims=True))
-        return means[0] if len(means) == 1 else ops.concatenate(means, axis=1)
+        rest = self.length % self.size
+        if not rest:
+            return native.mean(self.split(x), 2, dtype)
+        means = [native.mean(x[:, -rest:], 1, dtype, keepdims=True)]
+        if rest < self.length:
+            means.insert(0, native.mean(self.split(x[:, :-rest]), 2, dtype))
+        return native.concatenate(means, axis=1)
 
     def running_means(self, *tensors):
         """The means of its window's members up to each step; from `(B, S, H, D)`, by step."""
-        counts = append_axes(native.at_least(self.running_counts(), 1), 2)
+        counts = self.running_counts()
+        if not self.has_all_keys:
+            counts = native.at_least(counts, 1)
+        counts = append_axes(counts, 2)
         totals = (cumulative_sum(self.split(self._members(x)), axis=2) for x in tensors)
         return [join_axes(total / counts, 1) for total in totals]
 

@@ -1,11 +1,10 @@
 """Causal attention by its definition: each query fitted on its own prefix, a block at a time."""
 
-import dataclasses
-
 from keras import ops
 
 from keras_pdattn.ops import native
 from keras_pdattn.ops.indexing import join_axes
+from keras_pdattn.ops.records import replace
 
 #: Queries whose prefixes are held at once: their memory is that many times the keys'.
 BLOCK = 16
@@ -72,10 +71,10 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
     if is_pointwise:
         x = native.take(queries.x, positions, axis=1)
         x = native.reshape(x, (batch * count, 1) + tuple(ops.shape(x)[2:]))
-        prefix_queries = dataclasses.replace(queries, x=x, mask=None, end=end)
+        prefix_queries = replace(queries, x=x, mask=None, end=end)
     else:
         length = ops.shape(queries.x)[1]
-        prefix_queries = dataclasses.replace(
+        prefix_queries = replace(
             queries, x=rows(queries.x), mask=prefix_mask(queries.mask, length, positions), end=end
         ).zero_padding()
     visible = keys.visible
@@ -88,7 +87,7 @@ def _solve_at(positions, solve, queries, keys, dropout, is_pointwise):
         visible = ops.expand_dims(
             native.reshape(visible, (batch * count,) + heads_and_keys), axis=2
         )
-    prefix_keys = dataclasses.replace(
+    prefix_keys = replace(
         keys,
         key=rows(keys.key),
         value=rows(keys.value),

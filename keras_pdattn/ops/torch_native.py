@@ -9,6 +9,9 @@ from torch.nn import functional
 
 from keras_pdattn.ops.dtypes import NOTHING
 
+#: Dtypes that sums may be carried in.
+WIDE = torch.float32, torch.float64
+
 
 def linear(x, kernel, bias, num_widths):
     x = x if num_widths == 1 else x.flatten(-num_widths)
@@ -24,10 +27,18 @@ def pad(x, widths, fill):
 
 def mean(x, axis, dtype, keepdims):
     dtype = getattr(torch, dtype) if dtype else x.dtype
-    if x.is_cuda:
-        # Whose sums are wide in any case.
+    if x.is_cuda or dtype in WIDE:
+        # On a GPU sums are wide in any case.
         return x.mean(axis, keepdims, dtype=dtype)
-    return x.mean(axis, keepdims, dtype=torch.promote_types(dtype, torch.float32)).to(dtype)
+    return x.mean(axis, keepdims, dtype=torch.float32).to(dtype)
+
+
+def concatenate(tensors, axis):
+    return torch.cat(tensors, axis)
+
+
+def split(x, sizes, axis):
+    return x.split_with_sizes(sizes, axis)
 
 
 def take(x, index, axis):
@@ -49,16 +60,16 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
 
     Takes a mask or causality, not both.
     """
-    dtype = query.dtype
+    tensors, dtype = (query, key, value), query.dtype
     if not dtype == key.dtype == value.dtype:
-        dtype = functools.reduce(torch.promote_types, (x.dtype for x in (query, key, value)))
+        dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
+        tensors = [x.to(dtype) for x in tensors]
     if mask is not None:
         # Not `-inf`, of which a row that sees nothing would make NaN.
         hidden = max(NOTHING, torch.finfo(dtype).min / 2)
         mask = torch.where(mask, 0.0, hidden).to(dtype)
-    heads_first = (x.to(dtype).transpose(1, 2) for x in (query, key, value))
     output = functional.scaled_dot_product_attention(
-        *heads_first, attn_mask=mask, scale=scale, is_causal=is_causal
+        *[x.transpose(1, 2) for x in tensors], attn_mask=mask, scale=scale, is_causal=is_causal
     )
     return output.transpose(1, 2)
 

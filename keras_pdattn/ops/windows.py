@@ -22,6 +22,7 @@ from keras_pdattn.ops.indexing import (
     take_along_time,
     to_grid,
 )
+from keras_pdattn.ops.records import replace
 
 #: The least and the most queries along an axis that share a band of keys. Below,
 #: products are too small for a matrix kernel; above, bands hold what nobody sees.
@@ -68,7 +69,7 @@ class Window:
     def first(self, count):
         """The window over the first `count` keys."""
         length = min(count, self.key_length)
-        return dataclasses.replace(self, key_length=length, valid=self.valid[:, :count])
+        return replace(self, key_length=length, valid=self.valid[:, :count])
 
     def visibility(self):
         """Boolean `(B or 1, 1, T, S)`: which query is near which key, or either is global."""
@@ -209,7 +210,7 @@ def banded_attention(query, examples, attend):
 
 def _seen_by(visible, examples, **changes):
     """`examples` with changes, of which `visible` alone says who sees them."""
-    return dataclasses.replace(
+    return replace(
         examples,
         mask=None,
         limit=None,
