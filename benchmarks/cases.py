@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_pdattn import layers
+from keras_pdattn.layers import projections
 
 sys.path.append(str(Path(__file__).parent.parent / "tests"))
 
@@ -98,10 +99,10 @@ def _check(name, mode, dtype):
     case, x = CASES[name], inputs(CHECKED_LENGTH, dtype)
     layer = case.ours(dtype)
     output = layer(x, x, **call_of(mode, CHECKED_LENGTH))
-    # Given the layer's own projections: a prefix without spread makes much of their rounding.
-    projected = [
-        as_float64(getattr(layer, f"{kind}_dense")(x)) for kind in ("query", "key", "value")
-    ]
+    # Given the layer's own projections, by the operation that it takes for them: a prefix without
+    # spread makes much of their rounding, which on a GPU differs from one operation to another.
+    denses = [getattr(layer, f"{kind}_dense") for kind in ("query", "key", "value")]
+    projected = [as_float64(projections.project(dense, x, layer.compute_dtype)) for dense in denses]
     kernel, bias = (as_float64(weight) for weight in layer.output_dense.weights)
     options = {"is_causal": mode == "causal"}
     if mode == "padded":

@@ -39,7 +39,9 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(dual, "LEAST_BLOCK", 8)
     monkeypatch.setattr(dual, "MOST_ROWS", 8)
     monkeypatch.setattr(dual, "MOST_WHOLE", 0)
+    monkeypatch.setattr(dual, "TIMES_ON_GPU", 1)
     monkeypatch.setattr(fused, "CAUSAL_BLOCK", 8)
+    monkeypatch.setattr(fused, "CAUSAL_BLOCK_ON_GPU", 8)
     monkeypatch.setattr(fused, "LEAST_WITH_OWN", 0)
 
 
@@ -363,14 +365,18 @@ def test_the_kernel_is_taken(monkeypatch):
     assert taken == ([False, False, False, True] if backends.BACKEND == "torch" else [])
 
 
-def test_long_sequences_take_blocks_or_a_kernel():
+def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     """The choice is made from lengths; a short sequence is not cut up."""
+    monkeypatch.setattr(dual, "TIMES_ON_GPU", 1)
     assert dual.dual_form((1, 64, 8, 32), 64) == "whole"
     assert dual.dual_form((1, 4096, 8, 32), 4096) == "blocks"
     assert dual.dual_form((None, None, 8, 32), None) == "blocks"
     # One query after the other, as a decoder asks, whatever there is to see.
     assert dual.dual_form((1, 1, 8, 32), None) == "whole"
     assert dual.dual_form((1, 1, 8, 32), 10**7) == "whole"
+    # What fits into one block is not worked again in a backward pass.
+    assert dual.dual_form((1, 2048, 1, 32), 2048) == "whole"
+    assert dual.dual_form((1, 2049, 1, 32), 2048) == "blocks"
     # Many short sequences together are as much as a long one.
     assert dual.dual_form((32, 197, 3, 64), 197) == "whole"
     assert dual.dual_form((512, 197, 3, 64), 197) == "blocks"
@@ -391,6 +397,7 @@ def test_no_tensor_has_all_pairs(monkeypatch, primal, is_causal, dropout):
     """Forward and backward, with padding, dropout and causality, at 2,048 tokens."""
     # Fewer weights at once than a mask of all pairs would have entries.
     monkeypatch.setattr(dual, "MOST_WEIGHTS", 2**21)
+    monkeypatch.setattr(dual, "TIMES_ON_GPU", 1)
     inputs, key_mask = arrays(2048, heads=4), np.arange(2048)[None] < 2000
 
     def loss(*tensors):
@@ -540,7 +547,7 @@ def test_layers_train_with_dropout_in_blocks(small_blocks, member):
 @pytest.mark.parametrize("primal", ["softmax", "batch_norm", "conv1d", "linear"])
 def test_means_may_come_before_projections(monkeypatch, primal, reduction):
     """Averages of projected keys are projections of averages, padding and all."""
-    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    monkeypatch.setattr(projections, "are_better_late", lambda weight, sizes: True)
     part = primals.get(primal)
     primal = Primal(part.feature_map, part.transform, ScaledHeads((1, 2, 5), reduction))
     rng = np.random.default_rng(0)
@@ -574,7 +581,7 @@ def test_means_may_come_before_projections(monkeypatch, primal, reduction):
 )
 def test_sums_may_come_before_projections(monkeypatch, transform, use_bias, is_padded, dtype):
     """States of inputs, projected, are those of values: output, gradients, padding and all."""
-    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    monkeypatch.setattr(projections, "are_better_late", lambda weight, sizes: True)
     rng = np.random.default_rng(0)
     inputs = [rng.normal(size=(2, n, 10)).astype("float32") for n in (19, 40, 40)]
     options = {}
@@ -638,7 +645,7 @@ class EvenKeys(TrainingSet):
 )
 def test_members_of_users_get_projected_values(monkeypatch, primal):
     """And `analysis.cost` knows."""
-    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    monkeypatch.setattr(projections, "are_better_late", lambda weight, sizes: True)
     layer = layers.PrimalDualAttention(4, 6, primal=primal, bias_initializer="glorot_uniform")
     x = np.random.default_rng(0).normal(size=(2, 80, 10)).astype("float32")
     layer.build(x.shape, x.shape)

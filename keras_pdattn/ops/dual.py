@@ -202,7 +202,8 @@ def dual_form(query_shape, num_examples):
     if not isinstance(num_examples, int):
         return "blocks"
     times, of_head = _times(), length * num_examples
-    is_short = num_heads * of_head <= times * MOST_WHOLE
+    is_one_block = length <= block_size(batch, num_heads, num_examples)
+    is_short = is_one_block or num_heads * of_head <= times * MOST_WHOLE
     are_few = _all_heads(batch, num_heads) * of_head <= times * 2 * MOST_WEIGHTS
     return "whole" if is_short and are_few else "blocks"
 
