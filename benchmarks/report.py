@@ -121,6 +121,7 @@ def main():
         "bfloat16": speed("speed_bfloat16"),
         "compiled": speed("speed_compiled"),
         "gpu": speed("speed_gpu", has_dtype=True),
+        "gpu h100": speed("speed_gpu_h100", has_dtype=True),
         "gpu single": speed("speed_gpu_single", has_dtype=True),
         "memory": memory(),
     }
