@@ -18,8 +18,8 @@ from test_forms import arrays, check_same, value_and_gradients
 from keras_pdattn import Primal, analysis, feature_maps, layers, ops, primals
 from keras_pdattn.layers import projections
 from keras_pdattn.ops import dual, fused, native, states
-from keras_pdattn.ops.examples import OwnExample
-from keras_pdattn.training_sets import ScaledHeads, SlidingWindow, TrainingSet
+from keras_pdattn.ops.examples import Examples, OwnExample
+from keras_pdattn.training_sets import AllKeys, ScaledHeads, SlidingWindow, TrainingSet
 from keras_pdattn.transforms import BatchNorm, Transform
 
 #: Members that work through the weights of all pairs.
@@ -307,6 +307,33 @@ def test_own_examples_that_users_give(small_blocks, is_causal):
     assert_close(backends.to_numpy(fastest), backends.to_numpy(whole), 1e-5)
 
 
+@dataclasses.dataclass(frozen=True, eq=False, slots=True)
+class Counted(Examples):
+    """A user's record, which looks at what it is made of."""
+
+    count: int = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "count", self.key.shape[1])
+
+
+class InRecordsOfTheirOwn(TrainingSet):
+    def select(self, keys, queries):
+        fields = [field.name for field in dataclasses.fields(keys)]
+        return Counted(**{name: getattr(keys, name) for name in fields})
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "elu"])
+def test_records_that_users_give(feature_map):
+    query, key, value = arrays(7, 21)
+    given, plain = (
+        ops.attention(query, key, value, Primal(feature_map, "batch_norm", training_set))
+        for training_set in (InRecordsOfTheirOwn(), AllKeys())
+    )
+    assert_close(backends.to_numpy(given), backends.to_numpy(plain), 1e-6)
+    assert Counted(key, value).first(5).count == 5
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
 def test_a_row_that_sees_nothing_in_16_bits(small_blocks, is_causal, dtype):
@@ -377,6 +404,7 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     # What fits into one block is not worked again in a backward pass.
     assert dual.dual_form((1, 2048, 1, 32), 2048) == "whole"
     assert dual.dual_form((1, 2049, 1, 32), 2048) == "blocks"
+    assert dual.dual_form((None, 2048, 1, 32), 2048) == "blocks"
     # Many short sequences together are as much as a long one.
     assert dual.dual_form((32, 197, 3, 64), 197) == "whole"
     assert dual.dual_form((512, 197, 3, 64), 197) == "blocks"
@@ -558,6 +586,7 @@ def test_means_may_come_before_projections(monkeypatch, primal, reduction):
         4, 6, value_dim=5, primal=primal, bias_initializer="glorot_uniform"
     )
     layer.build(query.shape, value.shape)
+    assert layer._projects_late([23], False)
     for arguments in ((query, value), (query, value, key)):
         for options in ({}, {"value_mask": value_mask}, {"return_attention_scores": True}):
             first = layer(*arguments, **options)

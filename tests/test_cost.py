@@ -94,7 +94,7 @@ def layer_of(primal, **arguments):
 @pytest.mark.parametrize(("arguments", "input_shape", "is_causal", "expected"), HAND_COUNTS)
 def test_hand_counts(arguments, input_shape, is_causal, expected, monkeypatch):
     # As for sequences that torch, too, takes means of before it projects them.
-    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    monkeypatch.setattr(projections, "are_better_late", lambda weight, sizes: True)
     layer = layer_of(**arguments)
     cost = analysis.cost(layer, input_shape, use_causal_mask=is_causal)
     assert cost.attention == expected
@@ -113,7 +113,10 @@ def test_hand_counts(arguments, input_shape, is_causal, expected, monkeypatch):
     assert cost.parameter_bytes == 4 * layer.count_params()
 
 
-def test_torch_projects_few_keys_before_it_takes_means():
+def test_torch_projects_few_keys_before_it_takes_means(monkeypatch):
+    """On a CPU; on a GPU all keys are projected at once."""
+    monkeypatch.setattr(projections.native, "runs_on_gpu", lambda: False)
+    monkeypatch.setattr(projections.native, "is_cuda", lambda x: False)
     layer = layers.ScaledHeadAttention(2, 3, scales=(1, 4))
     for length in (projections.LEAST_LATE - 4, projections.LEAST_LATE):
         all_at_once = keras.backend.backend() == "torch" and length < projections.LEAST_LATE
@@ -124,7 +127,7 @@ def test_torch_projects_few_keys_before_it_takes_means():
 
 def test_bytes_by_hand(monkeypatch):
     """Float32 and bfloat16: projections, weights or states, outputs; each head of its own."""
-    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    monkeypatch.setattr(projections, "are_better_late", lambda weight, sizes: True)
     one_head = (5 + 5) * (3 + 3) * 4 + 5 * 5 * 4
     output = 5 * 12 * 4
     assert analysis.cost(layer_of("softmax"), shape(1, 5)).activation_bytes == 2 * one_head + output
@@ -143,7 +146,7 @@ def test_bytes_by_hand(monkeypatch):
 
 def test_states_of_inputs_by_hand(monkeypatch):
     """Fifty inputs 12 wide, summed by 3 features, are projected three at a time."""
-    monkeypatch.setattr(projections, "LEAST_LATE", 0)
+    monkeypatch.setattr(projections, "are_better_late", lambda weight, sizes: True)
     (cost,) = analysis.cost(layer_of("linear"), shape(2, 50)).layers
     head = cost.heads[0]
     assert (head.projected_keys, head.projected_values) == (50, 3)

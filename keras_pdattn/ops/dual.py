@@ -18,7 +18,7 @@ from keras_pdattn.ops.windows import banded_attention
 #: `benchmarks/blocks.py`.
 MOST_WEIGHTS, MOST_ROWS = 2**22, 2**11
 LEAST_BLOCK = 32
-#: Up to how many weights of one sequence are written down whole.
+#: Up to how many weights of one sequence are written down whole, even if blocks would be smaller.
 MOST_WHOLE = 2**21
 #: How many times as many there may be on a GPU, which small blocks would leave idle.
 TIMES_ON_GPU = 32
@@ -202,8 +202,10 @@ def dual_form(query_shape, num_examples):
     if not isinstance(num_examples, int):
         return "blocks"
     times, of_head = _times(), length * num_examples
-    is_one_block = length <= block_size(batch, num_heads, num_examples)
-    is_short = is_one_block or num_heads * of_head <= times * MOST_WHOLE
+    is_short = num_heads * of_head <= times * MOST_WHOLE
+    if isinstance(batch, int):
+        # A block of its own would be worked again in the backward pass for nothing.
+        is_short = is_short or length <= block_size(batch, num_heads, num_examples)
     are_few = _all_heads(batch, num_heads) * of_head <= times * 2 * MOST_WEIGHTS
     return "whole" if is_short and are_few else "blocks"
 
