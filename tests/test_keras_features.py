@@ -14,7 +14,7 @@ from members import every_member, few_where_compiled
 from test_layers import built, values
 
 import keras_pdattn
-from keras_pdattn import Primal, layers, training_sets, transforms
+from keras_pdattn import Primal, feature_maps, layers, training_sets, transforms
 
 PRIMALS = {
     "softmax": "softmax",
@@ -173,16 +173,18 @@ def test_a_clone_has_the_config_and_weights_of_its_own(primal):
 def lengths(width=12):
     """Inputs of three lengths and batch sizes, none that of an example.
 
-    One or so many that means of three have some spread, see `PRIMALS`; whatever tests ran before.
+    One, or so many that means of three have some spread, see `PRIMALS`, and in more than a chunk;
+    whatever tests ran before.
     """
-    rng, shapes = np.random.default_rng(1), ((1, 1), (3, 11), (2, 40))
+    rng, shapes = np.random.default_rng(1), ((1, 1), (3, 11), (2, 130))
     return [rng.normal(size=(b, t, width)).astype("float32") for b, t in shapes]
 
 
 @pytest.mark.skipif(backends.BACKEND == "torch", reason="Keras's SavedModel of torch fails too")
 @pytest.mark.parametrize(
     ("primal", "use_causal_mask"),
-    [(primal, False) for primal in PRIMALS.values()] + [("batch_norm", True), ("linear", True)],
+    [(primal, False) for primal in PRIMALS.values()]
+    + [("batch_norm", True), ("linear", True), (Primal(feature_maps.PositiveRandom(6)), True)],
 )
 def test_a_saved_model_takes_any_length(primal, use_causal_mask, tmp_path):
     import tensorflow as tf

@@ -232,14 +232,23 @@ def _scaled_states(key, value, log_scale):
     key = key * append_axes(ops.exp(log_scale - ops.expand_dims(largest, axis=3)), 1)
 
     native.refuse_tracing("A causal call with random features")
+    # One tensor for each chunk, as the lengths of several must be known to TensorFlow's scan. In
+    # it a state is one axis long, and its logarithm the last entry.
+    states = _states(key, value)
+    num_features, depth = key.shape[-1], value.shape[-1]
+    chunks = ops.concatenate([join_axes(states, 3), append_axes(largest, 1)], axis=-1)
 
-    def step(carry, chunk):
-        (state, reached), (its_state, here) = carry, chunk
+    def step(before, chunk):
+        (state, reached), (its_state, here) = before, cut(chunk)
         reaches = ops.maximum(reached, here)
-        kept, added = (append_axes(ops.exp(x - reaches), 2) for x in (reached, here))
-        return (state * kept + its_state * added, reaches), carry
+        state = state * ops.exp(reached - reaches) + its_state * ops.exp(here - reaches)
+        return (state, reaches), before
 
-    state, here = (ops.moveaxis(x, 2, 0) for x in (_states(key, value), largest))
-    init = ops.zeros_like(state[0]), ops.full_like(here[0], NOTHING)
-    _, before = ops.scan(step, init, (state, here))
-    return [ops.moveaxis(x, 0, 2) for x in before]
+    def cut(chunk):
+        return native.split(chunk, [num_features * depth, 1], axis=-1)
+
+    state, reached = cut(chunks[:, :, 0])
+    init = ops.zeros_like(state), ops.full_like(reached, NOTHING)
+    _, before = ops.scan(step, init, ops.moveaxis(chunks, 2, 0))
+    state, reached = (ops.moveaxis(x, 0, 2) for x in before)
+    return split_axis(state, 3, depth), reached[..., 0]
