@@ -7,7 +7,9 @@ BACKENDS := tensorflow jax torch
 # Tests on JAX wait for XLA to compile; flags that the pinned versions know make that quick.
 QUICK_XLA := --xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false \
 	--xla_cpu_parallel_codegen_split_count=1
-PYTEST := XLA_FLAGS="$(QUICK_XLA)" $(BIN)/python -m pytest -n 2 -q
+# Two processes, each with the files of tests it has begun, which share shapes, and one thread.
+PYTEST := OMP_NUM_THREADS=1 XLA_FLAGS="$(QUICK_XLA)" \
+	$(BIN)/python -m pytest -n 2 --dist loadfile -q
 
 .PHONY: help demo test test-family test-slow $(BACKENDS:%=test-%) lint bench docs clean
 

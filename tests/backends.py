@@ -65,11 +65,12 @@ def compiled(function, shapes=None):
         return jax.jit(function)
     import tensorflow as tf
 
+    # As Keras compiles models: to rewrite the code first, as users may, takes a while.
     if shapes is None:
-        return tf.function(function)
+        return tf.function(function, autograph=False)
     dtypes = {name: tf.bool if name == "mask" else tf.float32 for name in shapes}
     signature = [tf.TensorSpec(shape, dtypes[name]) for name, shape in shapes.items()]
-    return tf.function(function, input_signature=signature)
+    return tf.function(function, input_signature=signature, autograph=False)
 
 
 @contextlib.contextmanager

@@ -18,6 +18,7 @@ from keras_pdattn.training_sets import AllKeys, ScaledHeads, SlidingWindow
 RANDOM = feature_maps.PositiveRandom(num_features=6, seed=1)
 
 
+@functools.cache
 def omega(num_heads, depth):
     """What `RANDOM` draws; for any number of heads the first are the same."""
     return RANDOM.draw(8, depth, RANDOM.seed)[:, :num_heads].astype("float64")

@@ -44,15 +44,16 @@ class Conv:
             kernel = self.kernel(head + 1, depth)[..., head, :]
             tokens = {at: x for at, x in xs.items() if at[0] < self.class_tokens}
             patches = {self._unflatten(at): x for at, x in xs.items() if at not in tokens}
-            reach = len(kernel) // 2
+            places = itertools.product(*(range(size) for size in kernel.shape[:-1]))
+            taps = {tuple(i - len(kernel) // 2 for i in place): kernel[place] for place in places}
             convolved = {}
             for at in patches:
                 total = np.zeros(depth)
-                for offset in itertools.product(range(-reach, reach + 1), repeat=kernel.ndim - 1):
+                for offset, tap in taps.items():
                     if is_causal and offset > (0,) * len(offset):
                         continue  # Tuples compare in raster order.
-                    neighbour = patches.get(tuple(np.add(at, offset)), 0.0)
-                    total = total + kernel[tuple(np.add(offset, reach))] * neighbour
+                    neighbour = tuple(map(sum, zip(at, offset)))
+                    total = total + tap * patches.get(neighbour, 0.0)
                 convolved[self._flatten(at)] = total
             return {**tokens, **convolved}
 
@@ -222,9 +223,10 @@ def attention(
                 continue
             kernel = np.exp(logs - logs.max())
             weights = kernel / kernel.sum()
-            for weight, (at, members) in zip(weights, examples.items()):
-                output[b, i, h] += weight * values[at]
-                scores[b, h, i, members] = weight / len(members)
+            output[b, i, h] = weights @ np.array(list(values.values()))
+            for weight, members in zip(weights, examples.values()):
+                for j in members:
+                    scores[b, h, i, j] = weight / len(members)
     return output, scores
 
 

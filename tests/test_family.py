@@ -8,6 +8,7 @@ test waits for compilers, the oracle or gradients and float64 alone. The rest ar
 """
 
 import dataclasses
+import functools
 
 import backends
 import numpy as np
@@ -38,7 +39,8 @@ GRID = (3, 3)
 HEADS = 3
 
 
-def problem_of(member, masked=True, **options):
+@functools.cache
+def problem_of(member, masked=True, dtype="float32", **options):
     """Queries, keys and values for attention over 7 positions or a grid of 3 x 3."""
     rng = np.random.default_rng(3)
     length = 7
@@ -51,7 +53,7 @@ def problem_of(member, masked=True, **options):
         options["mask"] = rng.random((2, HEADS, length, length)) < 0.9
     query, key = rng.normal(size=(2, 2, length, HEADS, 4)).astype("float32")
     value = rng.normal(size=(2, length, HEADS, 3)).astype("float32")
-    return Problem(query, key, value, options)
+    return Problem(query, key, value, options).cast(dtype)
 
 
 @family(on_jax=PAIRS[1::2])
@@ -66,7 +68,7 @@ def test_oracle(member, is_causal):
 @causal_or_not
 def test_gradients_and_float64(member, is_causal):
     """Law 1: outputs to 1e-12, and the slope of a loss along a random direction."""
-    problem = problem_of(member, is_causal=is_causal).cast("float64")
+    problem = problem_of(member, dtype="float64", is_causal=is_causal)
     rng = np.random.default_rng(0)
     expected, _ = problem.oracle(member)
     cotangent = rng.normal(size=expected.shape)
@@ -125,7 +127,7 @@ def pad(x, num_axes, axis, front, back, fill):
 @causal_or_not
 def test_padding(member, is_causal):
     """Law 4: padding on every side, whatever it holds, changes no output and no gradient."""
-    problem = problem_of(member, is_causal=is_causal).cast("float64")
+    problem = problem_of(member, dtype="float64", is_causal=is_causal)
     front, back = 1, 2
 
     def padded(x, fill, axis=1):
