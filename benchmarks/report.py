@@ -120,7 +120,7 @@ def main():
         "padded": speed("speed_padded"),
         "bfloat16": speed("speed_bfloat16"),
         "compiled": speed("speed_compiled"),
-        "gpu": speed("speed_gpu", has_dtype=True),
+        "gpu h200": speed("speed_gpu_h200", has_dtype=True),
         "gpu h100": speed("speed_gpu_h100", has_dtype=True),
         "gpu single": speed("speed_gpu_single", has_dtype=True),
         "memory": memory(),
