@@ -228,15 +228,14 @@ def _scaled_states(key, value, log_scale):
 
     The logarithms are `(B, H, n)`.
     """
+    native.refuse_tracing("A causal call with random features")
     largest = ops.stop_gradient(native.largest(log_scale, axis=3))
     key = key * append_axes(ops.exp(log_scale - ops.expand_dims(largest, axis=3)), 1)
-
-    native.refuse_tracing("A causal call with random features")
+    num_features, depth = key.shape[-1], value.shape[-1]
     # One tensor for each chunk, as the lengths of several must be known to TensorFlow's scan. In
     # it a state is one axis long, and its logarithm the last entry.
-    states = _states(key, value)
-    num_features, depth = key.shape[-1], value.shape[-1]
-    chunks = ops.concatenate([join_axes(states, 3), append_axes(largest, 1)], axis=-1)
+    chunks = [join_axes(_states(key, value), 3), append_axes(largest, 1)]
+    chunks = native.concatenate(chunks, axis=-1)
 
     def step(before, chunk):
         (state, reached), (its_state, here) = before, cut(chunk)
