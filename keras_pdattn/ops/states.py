@@ -231,23 +231,16 @@ def _scaled_states(key, value, log_scale):
     native.refuse_tracing("A causal call with random features")
     largest = ops.stop_gradient(native.largest(log_scale, axis=3))
     key = key * append_axes(ops.exp(log_scale - ops.expand_dims(largest, axis=3)), 1)
-    num_features, depth = key.shape[-1], value.shape[-1]
-    # One tensor for each chunk, as the lengths of several must be known to TensorFlow's scan. In
-    # it a state is one axis long, and its logarithm the last entry.
-    chunks = [join_axes(_states(key, value), 3), append_axes(largest, 1)]
-    chunks = native.concatenate(chunks, axis=-1)
 
-    def step(before, chunk):
-        (state, reached), (its_state, here) = before, cut(chunk)
+    def step(before, its_state):
+        state, reached, index = before
+        here = ops.take(largest, index, axis=2)
         reaches = ops.maximum(reached, here)
-        state = state * ops.exp(reached - reaches) + its_state * ops.exp(here - reaches)
-        return (state, reaches), before
+        kept, added = (append_axes(ops.exp(x - reaches), 2) for x in (reached, here))
+        return (state * kept + its_state * added, reaches, index + 1), before
 
-    def cut(chunk):
-        return native.split(chunk, [num_features * depth, 1], axis=-1)
-
-    state, reached = cut(chunks[:, :, 0])
-    init = ops.zeros_like(state), ops.full_like(reached, NOTHING)
-    _, before = ops.scan(step, init, ops.moveaxis(chunks, 2, 0))
-    state, reached = (ops.moveaxis(x, 0, 2) for x in before)
-    return split_axis(state, 3, depth), reached[..., 0]
+    # Of one tensor, as TensorFlow's scan must know the lengths of several.
+    states = ops.moveaxis(_states(key, value), 2, 0)
+    init = ops.zeros_like(states[0]), ops.full_like(largest[:, :, 0], NOTHING), 0
+    _, (state, reached, _) = ops.scan(step, init, states)
+    return ops.moveaxis(state, 0, 2), ops.moveaxis(reached, 0, 2)
