@@ -8,6 +8,7 @@ from keras import ops
 from keras_pdattn import descriptions, validation
 from keras_pdattn.ops import native, pooling
 from keras_pdattn.ops.records import replace
+from keras_pdattn.ops.running_means import running_examples
 from keras_pdattn.ops.windows import Window
 
 
@@ -48,6 +49,8 @@ class TrainingSet(descriptions.Member):
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
 
+    #: How many keys there are to a window, if `select` does no more than to take means of windows.
+    window_size = None
     #: Whether `select` makes fewer examples of the keys by taking means of them, which are
     #: projected for less than the keys are.
     takes_means = False
@@ -126,6 +129,10 @@ class AllKeys(TrainingSet):
         Nguyen et al., "A Primal-Dual Framework for Transformers and Neural
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
+
+    @property
+    def window_size(self):
+        return 1 if type(self).select is TrainingSet.select else None
 
     def within(self, size):
         return SlidingWindow(size)
@@ -218,6 +225,10 @@ class _PooledKeys(TrainingSet):
 
     takes_means = True
 
+    @property
+    def window_size(self):
+        return self.scale if self.reduction == "mean" else None
+
     def select(self, keys, queries):
         query_length = native.shape(queries.x)[1]
         return pooling.pooled_examples(keys, query_length, self.scale, self.reduction)
@@ -225,6 +236,23 @@ class _PooledKeys(TrainingSet):
     def has_causal_form(self, num_axes):
         # On a grid a query stands behind a part of every window of its row.
         return num_axes == 1
+
+
+@dataclasses.dataclass(frozen=True)
+class RunningMeans(TrainingSet):
+    """The training set of heads of any `window_size` together, see `ops.running_means`.
+
+    Args:
+        window_sizes: that of each head.
+    """
+
+    window_sizes: tuple
+
+    def select(self, keys, queries):
+        return running_examples(keys, self.window_sizes)
+
+    def has_causal_form(self, num_axes):
+        return True
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

@@ -52,6 +52,8 @@ class Transform(descriptions.WeightedMember):
 
     #: Whether `apply` looks at each position alone.
     is_pointwise = True
+    #: Whether `__call__` takes `Examples` of `ops.running_means`.
+    takes_running_means = False
 
     @property
     def look_back(self):
@@ -175,6 +177,8 @@ class BatchNorm(Transform):
                 "Received: learn_beta=True, center=False"
             )
 
+    takes_running_means = True
+
     def build(self, add_weight, num_heads, depth):
         if not self.learn_beta:
             return {}
@@ -218,12 +222,16 @@ class BatchNorm(Transform):
         does not notice a shift, neither need they be: T of the keys scales them
         by the deviation and shifts them, and the scale can go to the query.
         """
-        origin = statistics.origin(examples.key, examples.mask)
+        origin = statistics.origin(examples.key, examples.first_valid())
         centred = examples.with_keys(lambda key: native.widened(key) - origin)
-        limit = None if examples.has_limit_at_each() else examples.limit
-        moments = statistics.prefix_moments(centred.key, limit, examples.mask)
-        if centred.own is not None:
-            moments = statistics.append_example(moments, centred.own.key, centred.own.mask)
+        own = centred.own
+        if centred.has_running_means():
+            moments = statistics.moments_of_running_means(own.key, examples.mask, own.mask)
+        else:
+            limit = None if examples.has_limit_at_each() else examples.limit
+            moments = statistics.prefix_moments(centred.key, limit, examples.mask)
+            if own is not None:
+                moments = statistics.append_example(moments, own.key, own.mask)
         _, mean, variance = moments
         x = self._normalise(queries.x, self._denominator(variance), weights, origin, mean)
         dtype = queries.x.dtype

@@ -17,7 +17,7 @@ from test_forms import arrays, check_same, value_and_gradients
 
 from keras_pdattn import Primal, analysis, feature_maps, layers, ops, primals
 from keras_pdattn.layers import projections
-from keras_pdattn.ops import dual, fused, native, states
+from keras_pdattn.ops import dual, fused, native, running_means, states
 from keras_pdattn.ops.examples import Examples, OwnExample
 from keras_pdattn.training_sets import AllKeys, ScaledHeads, SlidingWindow, TrainingSet
 from keras_pdattn.transforms import BatchNorm, Transform
@@ -43,6 +43,8 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(fused, "CAUSAL_BLOCK", 8)
     monkeypatch.setattr(fused, "CAUSAL_BLOCK_ON_GPU", 8)
     monkeypatch.setattr(fused, "LEAST_WITH_OWN", 0)
+    # Nor all scales in one call, which is the faster for few queries.
+    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
 
 
 def masks_of(kind, query_length, key_length):
@@ -136,6 +138,7 @@ def test_causal_scaled_heads_by_place(monkeypatch, primal, lengths):
 
     monkeypatch.setattr(fused, "is_fastest", lambda query, examples: True)
     monkeypatch.setattr(fused, "can_fuse", lambda examples: True)
+    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
     monkeypatch.setattr(native, "softmax_attention", record)
     inputs = arrays(*lengths, batch=2)
     whole, by_place = (
@@ -386,6 +389,7 @@ def test_the_kernel_is_taken(monkeypatch):
         return attend(query, examples, **options)
 
     monkeypatch.setattr(fused, "fused_softmax_attention", record)
+    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
     inputs = arrays(fused.LEAST_WITH_OWN + 1)
     for is_causal in (False, True):
         ops.attention(*inputs, OWN, is_causal=is_causal)

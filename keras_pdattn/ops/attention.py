@@ -7,12 +7,11 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn import validation
-from keras_pdattn.ops import checks, masks, native
+from keras_pdattn.ops import checks, masks, native, running_means
 from keras_pdattn.ops.dropout import Dropout
 from keras_pdattn.ops.dtypes import cast
 from keras_pdattn.ops.examples import Examples, Queries
-from keras_pdattn.ops.indexing import zero_where_masked
-from keras_pdattn.ops.kernels import in_output_layout
+from keras_pdattn.ops.indexing import append_axes, zero_where_masked
 from keras_pdattn.ops.prefixes import prefix_by_prefix
 from keras_pdattn.ops.records import replace
 
@@ -175,6 +174,9 @@ def attention(
         projections=projections,
         awaits_transform=bool(primal.transform),
     )
+    wishes = mask, sliding_window, flash_attention, form, query_start, query_grid, key_grid
+    if not return_scores and all(wish is None for wish in wishes):
+        groups = _as_one_group(groups, primal, queries, keys) or groups
     sizes = head_counts(groups)
     problems = []
     parts = zip(groups, queries.split(sizes), keys.split(sizes))
@@ -199,14 +201,27 @@ def attention(
     outputs, scores = zip(*_solve_all(problems))
     output = native.concatenate(outputs, axis=2)
     if query_mask is not None:
-        rows = ops.expand_dims(query_mask, axis=1)
-        output = ops.where(in_output_layout(rows), output, ops.zeros_like(output))
+        output = zero_where_masked(output, query_mask)
     if not return_scores:
         return output
     scores = native.concatenate(scores, axis=1)
     if query_mask is not None:
-        scores = ops.where(ops.expand_dims(rows, axis=-1), scores, 0.0)
+        scores = native.zero_unless(append_axes(ops.expand_dims(query_mask, axis=1), 1), scores)
     return output, cast(scores, value.dtype)
+
+
+def _as_one_group(groups, primal, queries, keys):
+    """All heads as one group, or `None` if they can't be or that is not faster."""
+    from keras_pdattn import training_sets
+
+    transforms = primal.transform
+    is_known = len(transforms) < 2 and all(one.takes_running_means for one in transforms)
+    if primal.feature_map.has_states or not is_known:
+        return None
+    sizes = [one.window_size for heads, one in groups for _ in range(heads.start, heads.stop)]
+    if None in sizes or max(sizes) == 1 or not running_means.are_faster(queries.x, keys):
+        return None
+    return [(slice(0, len(sizes)), training_sets.RunningMeans(tuple(sizes)))]
 
 
 def _within(sliding_window, training_set, keys, queries):

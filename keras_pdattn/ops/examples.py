@@ -80,7 +80,8 @@ class Examples:
     Attributes:
         key: `(B, M, H, D)`.
         value: `(B, M, H, Dv)`.
-        mask: boolean `(B, M)`, False where an example is padding; or `None`.
+        mask: boolean `(B, M)`, or `(B or 1, M, H)` if heads differ, False where an example is
+            padding; or `None`.
         limit: integer `(T,)` or `(B, T)`: query i sees only the first
             `limit[i]` examples (and its own); or `None` if not causal.
         is_triangular: whether `limit[i] = i + 1`, which kernels know as "causal".
@@ -200,10 +201,22 @@ class Examples:
 
     def with_keys(self, function):
         """Replaces every key by `function(key)`."""
-        key, own = function(self.key), self.own and self.own.with_key(function(self.own.key))
+        key, own = function(self.key), self.own
+        if own is not None:
+            own = own.with_key(key if self.has_running_means() else function(own.key))
         if key is self.key and own is self.own:
             return self
         return replace(self, key=key, own=own)
+
+    def first_valid(self):
+        """Where the first example is that is no padding, `(B,)`; or `None` for 0."""
+        if self.has_running_means():
+            return self.start
+        return None if self.mask is None else first_valid(self.mask)
+
+    def has_running_means(self):
+        """Whether each query's own example is the one at its place, see `ops.running_means`."""
+        return self.own is not None and self.own.key is self.key
 
     def with_scaled_keys(self, function):
         """Replaces every key, and `log_scale`, by the pair `function(key)`."""
@@ -233,7 +246,7 @@ class Examples:
 
     def restrictions(self):
         """`visibility()` but for causality."""
-        padding = None if self.mask is None else ops.expand_dims(self.mask, axis=(1, 2))
+        padding = None if self.mask is None else ops.expand_dims(masks.by_head(self.mask), axis=2)
         near = None if self.window is None else self.window.visibility()
         return masks.intersect(masks.intersect(padding, near), self.visible)
 
@@ -245,7 +258,7 @@ class Examples:
         if self.window is not None:
             found["position"] = self.window.position, -1
         if self.own is not None:
-            found.update(own_mask=(self.own.mask, -1), own_visible=(self.own.visible, -1))
+            found.update(own_mask=(self.own.mask, 1), own_visible=(self.own.visible, -1))
         return {
             name: (x, axis % len(x.shape)) for name, (x, axis) in found.items() if x is not None
         }
@@ -310,7 +323,7 @@ class Examples:
         if self.mask is None:
             return None
         if not self.is_causal:
-            return ops.expand_dims(ops.any(self.mask, axis=-1), axis=(1, 2))
+            return ops.any(masks.by_head(self.mask), axis=-1, keepdims=True)
         some = ops.expand_dims(ops.any(self.mask, axis=-1), axis=-1)
         first = ops.expand_dims(first_valid(self.mask), axis=-1)
         return ops.expand_dims(ops.logical_and(some, first < self.limit), axis=1)
@@ -323,7 +336,8 @@ class OwnExample:
     Attributes:
         key: `(B, T, H, D)`.
         value: `(B, T, H, Dv)`.
-        mask: boolean `(B, T)`, False where the query has none; or `None`.
+        mask: boolean `(B, T)`, or `(B, T, H)` if heads differ, False where the query has none; or
+            `None`.
         visible: boolean, broadcastable to `(B, H, T)`; or `None`.
         log_scale: `(B, T, H)`, as for `Examples`.
     """
@@ -340,5 +354,5 @@ class OwnExample:
 
     def visibility(self):
         """Boolean broadcastable to `(B, H, T)`; or `None`."""
-        padding = None if self.mask is None else ops.expand_dims(self.mask, axis=1)
+        padding = None if self.mask is None else masks.by_head(self.mask)
         return masks.intersect(padding, self.visible)

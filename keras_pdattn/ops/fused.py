@@ -11,7 +11,13 @@ from keras import ops
 
 from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast, is_double, widen
-from keras_pdattn.ops.indexing import even, fit_axis, lead_with_zero, swap_heads_and_time
+from keras_pdattn.ops.indexing import (
+    append_axes,
+    even,
+    fit_axis,
+    lead_with_zero,
+    swap_heads_and_time,
+)
 from keras_pdattn.ops.kernels import for_products, in_output_layout
 from keras_pdattn.ops.records import replace
 
@@ -51,7 +57,8 @@ def is_fastest(query, examples):
         dtype = examples.value.dtype
         is_narrow = accumulator(dtype) != keras.backend.standardize_dtype(dtype)
         return native.jax_runs_on_gpu() and is_narrow
-    return examples.own is None or query.shape[1] > LEAST_WITH_OWN
+    takes_more = examples.own is not None and not examples.has_running_means()
+    return not takes_more or query.shape[1] > LEAST_WITH_OWN
 
 
 def fused_softmax_attention(query, examples, scale, flash_attention=None):
@@ -66,6 +73,8 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     Returns:
         The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
     """
+    if examples.has_running_means():
+        return _attend_to_running_means(query, examples, scale)
     if _sees_all_before(examples):
         return _Call.of(query, examples).answer(scale, flash_attention)
     if examples.is_causal and _takes_masks_for_causality(flash_attention, examples):
@@ -113,12 +122,22 @@ def _is_restricted(examples):
     return not is_known or any(limit is not None for limit in limits)
 
 
+def _attend_to_running_means(query, examples, scale):
+    """Attention where the own example of each query is among the others, at its place."""
+    mask = native.mask_of_running_means(examples.mask, examples.own.mask, query.dtype)
+    sighted = None
+    if examples.start is not None:
+        # A sequence that is all padding has zeros for values.
+        sighted = ops.expand_dims(examples.limit >= append_axes(examples.start, 1), axis=1)
+    return _attend(query, examples, mask, sighted, scale)
+
+
 def _attend(query, examples, mask, sighted, scale, is_causal=False, flash_attention=None):
     tensors = query, examples.key, examples.value
     output = _by_kernel(*tensors, mask, scale, is_causal, flash_attention)
     if sighted is not None:
         # The kernels give the mean of all values where every score is masked.
-        output = ops.where(in_output_layout(sighted), output, 0.0)
+        output = native.zero_unless(in_output_layout(sighted), output)
     return cast(output, examples.value.dtype)
 
 
@@ -255,7 +274,7 @@ def _mix_with_own(output, own):
     depth = own.value.shape[-1]
     others, weight = output[..., :depth], 1.0 - output[..., depth : depth + 1]
     if own.visibility() is not None:
-        weight = ops.where(in_output_layout(own.visibility()), weight, 0.0)
+        weight = native.zero_unless(in_output_layout(own.visibility()), weight)
     return others + weight * own.value
 
 

@@ -30,6 +30,8 @@ def start_at(index, axis, rank):
 
 def append_axes(x, count):
     """Appends `count` axes of size one to `x`."""
+    if native.IS_TORCH:
+        return x[(..., *[None] * count)]
     for _ in range(count):
         x = ops.expand_dims(x, axis=-1)
     return x
@@ -44,7 +46,7 @@ def zero_where_masked(x, mask):
     """Puts zero for what `mask`, `(batch, time)` or `None`, leaves out of `x`, however large."""
     if mask is None:
         return x
-    return ops.where(append_axes(mask, len(x.shape) - 2), x, ops.zeros_like(x))
+    return native.zero_unless(append_axes(mask, len(x.shape) - 2), x)
 
 
 def first_valid(mask):
@@ -116,6 +118,8 @@ def overlapping(x, axis, count, width, step):
         width: the number of entries in a stretch.
         step: positive integer.
     """
+    if width == step:
+        return split_axis(x, axis, step)
     if native.is_eager_torch():
         return native.overlapping(x, axis, width, step)
     lead, parts = (slice(None),) * axis, []

@@ -81,6 +81,13 @@ def of_queries_and_keys(name, mask, query, key):
     return ops.broadcast_to(mask, tuple(one or size for one, size in zip(known, sizes)))
 
 
+def by_head(mask):
+    """Turns `mask`, `(batch, time)` or `(batch, time, heads)`, into `(batch, heads or 1, time)`."""
+    if len(mask.shape) == 3:
+        return ops.transpose(mask, (0, 2, 1))
+    return ops.expand_dims(mask, axis=1)
+
+
 def fits(shape, target, exactly=False):
     """Whether `shape` has the rank of `target` and, where both are known, its sizes (or 1)."""
     if len(shape) != len(target):

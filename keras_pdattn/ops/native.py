@@ -50,6 +50,13 @@ def shape(x):
     return tuple(x.shape) if IS_TORCH else ops.shape(x)
 
 
+def integers(numbers, x):
+    """`numbers` as a vector of int32 where `x` is, whose queue on a GPU torch does not wait for."""
+    if IS_TORCH:
+        return torch_native.integers(numbers, x)
+    return ops.convert_to_tensor(numbers, dtype="int32")
+
+
 def reshape(x, shape):
     """`ops.reshape`, which checks for symbolic tensors at ten times the cost of torch's own."""
     return x.reshape(shape) if IS_TORCH else ops.reshape(x, shape)
@@ -144,6 +151,22 @@ def softmax_attention(query, key, value, mask, scale, is_causal, flash_attention
         is_causal=is_causal,
         flash_attention=flash_attention,
     )
+
+
+def mask_of_running_means(ends, some, dtype):
+    """What `softmax_attention` is to add to the scores of running means, on torch.
+
+    Query i sees the one at its place, and those before that are the ends of windows.
+
+    Args:
+        ends: boolean `(B or 1, T, H)`.
+        some: boolean `(B, T, H)`, False where there is nothing to see at its place; or `None`.
+        dtype: that of queries.
+
+    Returns:
+        Tensor `(B or 1, H, T, T)`.
+    """
+    return torch_native.mask_of_running_means(ends, some, dtype)
 
 
 def has_cudnn(dtype, depth):
@@ -249,6 +272,13 @@ def ratio(part, total, *less):
     for one in less:
         part = part - one
     return part / total
+
+
+def zero_unless(mask, x):
+    """`x` where `mask` is True, zero elsewhere: `ops.where`, without a tensor of zeros on torch."""
+    if IS_TORCH:
+        return torch_native.zero_unless(mask, x)
+    return ops.where(mask, x, ops.zeros_like(x))
 
 
 def one_for_zero(x):

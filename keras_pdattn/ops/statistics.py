@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import accumulator, widen
-from keras_pdattn.ops.indexing import append_axes, first_valid, lead_with_zero, take_along_time
+from keras_pdattn.ops.indexing import append_axes, lead_with_zero, take_along_time
 from keras_pdattn.ops.sums import cumulative_sum
 
 
@@ -17,7 +17,7 @@ def mean(x, mask=None):
 
     Args:
         x: tensor of shape `(batch, time, heads, depth)`.
-        mask: boolean `(batch, time)`, or `None`; False is left out.
+        mask: boolean `(batch, time)` or `(batch, time, heads)`, or `None`; False is left out.
 
     Returns:
         Tensor `(batch, 1, heads, depth)`, zero where `mask` leaves nothing.
@@ -26,7 +26,7 @@ def mean(x, mask=None):
         return native.mean(x, 1, accumulator(x.dtype), keepdims=True)
     x = widen(x)
     if mask is not None:
-        weight = append_axes(ops.cast(mask, x.dtype), 2)
+        weight = _weight(mask, x)
         x, count = x * weight, native.at_least(ops.sum(weight, axis=1, keepdims=True), 1)
     else:
         count = ops.cast(ops.maximum(native.shape(x)[1], 1), x.dtype)
@@ -40,15 +40,16 @@ def variance(centred, mask=None):
     return mean(centred * centred, mask)
 
 
-def origin(x, mask=None):
+def origin(x, start=None):
     """The first valid example, `(batch, 1, heads, depth)`, as a constant.
 
     Every non-empty prefix holds it, so centring on it looks at nobody's future.
+
+    Args:
+        x: tensor of shape `(batch, time, heads, depth)`.
+        start: integer `(batch,)`, where it is; `None` for 0.
     """
-    if mask is None:
-        first = x[:, :1]
-    else:
-        first = take_along_time(x, ops.expand_dims(first_valid(mask), axis=-1))
+    first = x[:, :1] if start is None else take_along_time(x, ops.expand_dims(start, axis=-1))
     return ops.stop_gradient(widen(first))
 
 
@@ -73,17 +74,43 @@ def prefix_moments(x, limit, mask=None):
         weight = None
         count = native.reshape(ops.arange(1, native.shape(x)[1] + 1, dtype=x.dtype), (1, -1, 1, 1))
     else:
-        weight = append_axes(ops.cast(mask, x.dtype), 2)
+        weight = _weight(mask, x)
         count = cumulative_sum(weight, axis=1)
-    moments = native.prefix_moments if native.is_eager_torch() else _prefix_moments
-    moments = count, *moments(x, weight, count)
+    moments = _moments(x, weight, count)
     if limit is None:
         return moments
     return tuple(take_along_time(lead_with_zero(y), limit) for y in moments)
 
 
+def moments_of_running_means(x, ends, some=None):
+    """`prefix_moments` of what causal queries see of running means.
+
+    Args:
+        x: tensor of shape `(batch, time, heads, depth)`, centred by the caller.
+        ends: boolean `(batch or 1, time, heads)`, which of `x` queries behind see.
+        some: boolean `(batch, time, heads)`, which the query at its place sees; `None` for all.
+
+    Returns:
+        `(count, mean, variance)`, as of `prefix_moments`.
+    """
+    x = widen(x)
+    weight, own = _weight(ends, x), 1 if some is None else _weight(some, x)
+    return _append(_moments(x, weight, cumulative_sum(weight, axis=1)), x, own - weight)
+
+
+def _weight(mask, x):
+    """1 where `mask`, `(batch, time)` or `(batch, time, heads)`, counts `x` in."""
+    return append_axes(ops.cast(mask, x.dtype), 4 - len(mask.shape))
+
+
+def _moments(x, weight, count):
+    """Those of each prefix; `weight` is 1 where counted, `None` for all."""
+    find = native.prefix_moments if native.is_eager_torch() else _prefix_moments
+    return count, *find(x, weight, count)
+
+
 def _prefix_moments(x, weight, count):
-    """Mean and variance of `prefix_moments`; `weight` is 1 where counted, `None` for all."""
+    """Mean and variance of `_moments`."""
     divisor = native.at_least(count, 1)
     mean = cumulative_sum(x if weight is None else x * weight, axis=1) / divisor
     # From the mean that takes an example in; the first is its own mean.
@@ -100,11 +127,15 @@ def append_example(moments_before, x, mask=None):
         x: tensor `(batch, queries, heads, depth)`, the example of each query.
         mask: boolean `(batch, queries)`, or `None`; False adds nothing.
     """
-    count, mean, variance = moments_before
     x = widen(x)
-    weight = ops.ones_like(count) if mask is None else append_axes(ops.cast(mask, x.dtype), 2)
+    weight = ops.ones_like(moments_before[0]) if mask is None else _weight(mask, x)
+    return _append(moments_before, x, weight)
+
+
+def _append(moments_before, x, weight):
+    count, mean, variance = moments_before
     total = count + weight
     divisor = native.at_least(total, 1)
-    share, kept = weight / divisor, count / divisor
     deviation = x - mean
-    return total, mean + share * deviation, kept * (variance + share * ops.square(deviation))
+    step = weight / divisor * deviation
+    return total, mean + step, count / divisor * (variance + step * deviation)

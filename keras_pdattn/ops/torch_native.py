@@ -25,6 +25,10 @@ def pad(x, widths, fill):
     return functional.pad(x, [width for pair in reversed(widths) for width in pair], value=fill)
 
 
+def integers(numbers, x):
+    return torch.tensor(numbers, dtype=torch.int32).to(x.device, non_blocking=True)
+
+
 def mean(x, axis, dtype, keepdims):
     dtype = getattr(torch, dtype) if dtype else x.dtype
     if x.is_cuda or dtype in WIDE:
@@ -51,6 +55,10 @@ def take_along_axis(x, index, axis):
     return x.gather(axis, index.long().expand(shape))
 
 
+def zero_unless(mask, x):
+    return torch.where(mask, x, 0.0)
+
+
 def is_tracing():
     return torch.jit.is_tracing()
 
@@ -58,20 +66,41 @@ def is_tracing():
 def softmax_attention(query, key, value, mask, scale, is_causal):
     """Chooses flash attention by itself; asking beforehand would break a compiled graph.
 
-    Takes a mask or causality, not both.
+    Takes a mask, boolean or to be added to scores, or causality, not both.
     """
     tensors, dtype = (query, key, value), query.dtype
     if not dtype == key.dtype == value.dtype:
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
         tensors = [x.to(dtype) for x in tensors]
-    if mask is not None:
-        # Not `-inf`, of which a row that sees nothing would make NaN.
-        hidden = max(NOTHING, torch.finfo(dtype).min / 2)
-        mask = torch.where(mask, 0.0, hidden).to(dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        mask = _scores_of(mask, dtype)
     output = functional.scaled_dot_product_attention(
         *[x.transpose(1, 2) for x in tensors], attn_mask=mask, scale=scale, is_causal=is_causal
     )
     return output.transpose(1, 2)
+
+
+def mask_of_running_means(ends, some, dtype):
+    length = ends.shape[1]
+    later = torch.full((length, length), _hidden(dtype), dtype=dtype, device=ends.device).triu_(1)
+    # One pass over all pairs, where booleans would take three. Kernels want time last in memory.
+    mask = later + _scores_of(ends.mT.contiguous().unsqueeze(2), dtype)
+    own = mask.diagonal(dim1=2, dim2=3)
+    own.zero_() if some is None else own.copy_(_scores_of(some.mT, dtype))
+    return mask
+
+
+def _scores_of(mask, dtype):
+    """What is added to scores, for a boolean mask."""
+    return torch.where(mask, 0.0, _hidden(dtype)).to(dtype)
+
+
+def _hidden(dtype):
+    """The score of what is not seen: not `-inf`, of which a row that sees nothing makes NaN.
+
+    Twice of it can be added up.
+    """
+    return max(NOTHING, torch.finfo(dtype).min / 2)
 
 
 def run(function, *inputs):
