@@ -15,9 +15,13 @@ from keras_pdattn.training_sets import ScaledHeads
 from keras_pdattn.transforms import BatchNorm
 
 LENGTH = 13
-NORMALISED = Primal(transform=BatchNorm(epsilon=0.1), training_set=ScaledHeads((2, 3)))
 SCALED = Primal(training_set=ScaledHeads((1, 4)))
-LONGER = Primal(training_set=ScaledHeads((3, 64)))
+NORMALISED = Primal(transform=BatchNorm(epsilon=0.1), training_set=ScaledHeads((2, 3)))
+PRIMALS = {
+    "scaled": SCALED,
+    "longer than the sequence": Primal(training_set=ScaledHeads((3, 64))),
+    "normalised": NORMALISED,
+}
 KEY_MASKS = {
     "nothing": None,
     "behind": np.arange(LENGTH) < [[LENGTH], [9]],
@@ -51,13 +55,11 @@ def one_call_and_many(monkeypatch, primal, inputs, **options):
 
 
 @CAUSAL
-@pytest.mark.parametrize("left_out", KEY_MASKS)
-@few_where_compiled("primal", [SCALED, LONGER, NORMALISED], few=[NORMALISED])
-def test_one_call_gives_what_many_do(monkeypatch, taken, primal, left_out, is_causal):
-    options = {"is_causal": is_causal}
-    if KEY_MASKS[left_out] is not None:
-        options["key_mask"] = KEY_MASKS[left_out]
+@few_where_compiled("key_mask", KEY_MASKS, few=["nothing", "holes"])
+@few_where_compiled("primal", PRIMALS, few=["normalised"])
+def test_one_call_gives_what_many_do(monkeypatch, taken, primal, key_mask, is_causal):
     inputs = arrays(LENGTH, heads=3, batch=2)
+    options = {"is_causal": is_causal, "key_mask": key_mask}
     one, many = one_call_and_many(monkeypatch, primal, inputs, **options)
     assert taken
     check_same(one, many, tolerance=2e-5)
@@ -70,6 +72,20 @@ def test_other_numbers_of_queries(monkeypatch, taken, query_length):
     many = one_call_and_many(monkeypatch, NORMALISED, inputs, key_mask=KEY_MASKS["in front"])
     assert taken
     check_same(*many, tolerance=2e-5)
+
+
+@few_where_compiled("wide", ["query", "key", "value"], few=["value"])
+@few_where_compiled("primal", {"scaled": SCALED, "normalised": NORMALISED}, few=["scaled"])
+def test_dtypes_may_differ(monkeypatch, taken, primal, wide):
+    tensors = [keras.ops.convert_to_tensor(x) for x in arrays(LENGTH)]
+    dtypes = ["float32" if name == wide else "bfloat16" for name in ("query", "key", "value")]
+    tensors = [keras.ops.cast(x, dtype) for x, dtype in zip(tensors, dtypes)]
+    one = ops.attention(*tensors, primal, is_causal=True)
+    assert taken
+    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
+    many = ops.attention(*tensors, primal, is_causal=True)
+    assert one.dtype == many.dtype == tensors[2].dtype
+    np.testing.assert_allclose(backends.to_numpy(one), backends.to_numpy(many), atol=0.05)
 
 
 @CAUSAL

@@ -26,8 +26,9 @@ from keras_pdattn.ops.indexing import (
 #: Up to how many pairs of a query and a key, those of all heads and sequences, one call is faster
 #: on a CPU: of causal queries, and of others, for which windows take fewer operations.
 MOST_CAUSAL_PAIRS, MOST_PAIRS = 2**21, 2**19
-#: How many times as many there may be on a GPU, which waits longer for an operation.
-TIMES_ON_GPU = 16
+#: How many times as many there may be on a GPU, which waits longer for an operation: a mask with
+#: a number for each pair of a head is held for the backward pass.
+TIMES_ON_GPU = 4
 
 
 def are_faster(query, keys):

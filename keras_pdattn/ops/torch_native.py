@@ -72,8 +72,8 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
     if not dtype == key.dtype == value.dtype:
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
         tensors = [x.to(dtype) for x in tensors]
-    if mask is not None and mask.dtype == torch.bool:
-        mask = _scores_of(mask, dtype)
+    if mask is not None:
+        mask = _scores_of(mask, dtype) if mask.dtype == torch.bool else mask.to(dtype)
     output = functional.scaled_dot_product_attention(
         *[x.transpose(1, 2) for x in tensors], attn_mask=mask, scale=scale, is_causal=is_causal
     )
