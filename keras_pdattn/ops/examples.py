@@ -188,7 +188,7 @@ class Examples:
         if self.projections is None:
             return self
         _, project = self.projections
-        value = project(join_axes(self.value, 2))
+        value = zero_where_masked(project(join_axes(self.value, 2)), self.mask)
         return replace(self.with_projected_keys(), value=value, projections=None)
 
     def with_projected_keys(self):
