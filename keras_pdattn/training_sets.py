@@ -160,7 +160,8 @@ class ScaledHeads(TrainingSet):
     query's position, and the mean of the current one up to there.
 
     Cost: \(1/s\) of the products of all keys; 0.469 of them for scales
-    1, 2, 4 and 8 in equal shares.
+    1, 2, 4 and 8 in equal shares. PyTorch, run eagerly, works all heads of a short
+    causal or padded sequence at once, with those of all keys.
 
     Args:
         scales: sequence of positive integers, one for each group of heads.
