@@ -95,6 +95,20 @@ class Primal(descriptions.Description):
         keep_values = all(transform.keeps_values for transform in self.transform)
         return self.feature_map.has_states and training_set.takes_inputs and keep_values
 
+    def in_one_group(self, groups):
+        """All heads with one training set, where `ops.running_means` gives what `groups` do.
+
+        Returns:
+            List of `(heads, training_set)`, as `groups` is; or `None`. Members of a user are
+            given what they know.
+        """
+        known = [type(self.feature_map) is feature_maps.Softmax]
+        known += [type(one) is transforms.BatchNorm for one in self.transform]
+        if len(known) > 2 or not all(known):
+            return None
+        training_set = training_sets.RunningMeans.of_groups(groups)
+        return training_set and [(slice(0, len(training_set.scales)), training_set)]
+
     def check_call(self, num_axes, is_causal=False):
         """Raises a `ValueError` if attention over `num_axes` axes, or causal, has no meaning."""
         for transform in self.transform:

@@ -49,8 +49,6 @@ class TrainingSet(descriptions.Member):
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
 
-    #: How many keys there are to a window, if `select` does no more than to take means of windows.
-    window_size = None
     #: Whether `select` makes fewer examples of the keys by taking means of them, which are
     #: projected for less than the keys are.
     takes_means = False
@@ -130,10 +128,6 @@ class AllKeys(TrainingSet):
         Networks", ICLR 2023 (arXiv:2406.13781).
     """
 
-    @property
-    def window_size(self):
-        return 1 if type(self).select is TrainingSet.select else None
-
     def within(self, size):
         return SlidingWindow(size)
 
@@ -161,7 +155,7 @@ class ScaledHeads(TrainingSet):
 
     Cost: \(1/s\) of the products of all keys; 0.469 of them for scales
     1, 2, 4 and 8 in equal shares. PyTorch, run eagerly, works all heads of a short
-    causal or padded sequence at once, with those of all keys.
+    causal or padded sequence at once, for the products of all keys.
 
     Args:
         scales: sequence of positive integers, one for each group of heads.
@@ -226,10 +220,6 @@ class _PooledKeys(TrainingSet):
 
     takes_means = True
 
-    @property
-    def window_size(self):
-        return self.scale if self.reduction == "mean" else None
-
     def select(self, keys, queries):
         query_length = native.shape(queries.x)[1]
         return pooling.pooled_examples(keys, query_length, self.scale, self.reduction)
@@ -241,19 +231,30 @@ class _PooledKeys(TrainingSet):
 
 @dataclasses.dataclass(frozen=True)
 class RunningMeans(TrainingSet):
-    """The training set of heads of any `window_size` together, see `ops.running_means`.
+    """The training set of all heads of `ScaledHeads` at once, see `ops.running_means`.
 
     Args:
-        window_sizes: that of each head.
+        scales: that of each head.
     """
 
-    window_sizes: tuple
+    scales: tuple
+
+    @classmethod
+    def of_groups(cls, groups):
+        """In place of those of `groups`, or `None` if theirs are not all keys or means of them."""
+        scales = []
+        for heads, one in groups:
+            is_pooled = type(one) is _PooledKeys and one.reduction == "mean"
+            if not is_pooled and type(one) is not AllKeys:
+                return None
+            scales += [one.scale if is_pooled else 1] * (heads.stop - heads.start)
+        return cls(tuple(scales)) if max(scales) > 1 else None
 
     def select(self, keys, queries):
-        return running_examples(keys, self.window_sizes)
+        return running_examples(keys, self.scales)
 
     def has_causal_form(self, num_axes):
-        return True
+        return num_axes == 1
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

@@ -52,8 +52,6 @@ class Transform(descriptions.WeightedMember):
 
     #: Whether `apply` looks at each position alone.
     is_pointwise = True
-    #: Whether `__call__` takes `Examples` of `ops.running_means`.
-    takes_running_means = False
 
     @property
     def look_back(self):
@@ -177,8 +175,6 @@ class BatchNorm(Transform):
                 "Received: learn_beta=True, center=False"
             )
 
-    takes_running_means = True
-
     def build(self, add_weight, num_heads, depth):
         if not self.learn_beta:
             return {}
@@ -222,10 +218,10 @@ class BatchNorm(Transform):
         does not notice a shift, neither need they be: T of the keys scales them
         by the deviation and shifts them, and the scale can go to the query.
         """
-        origin = statistics.origin(examples.key, examples.first_valid())
+        origin = statistics.origin(examples.key, examples.first_position())
         centred = examples.with_keys(lambda key: native.widened(key) - origin)
         own = centred.own
-        if centred.has_running_means():
+        if centred.has_running_means:
             moments = statistics.moments_of_running_means(own.key, examples.mask, own.mask)
         else:
             limit = None if examples.has_limit_at_each() else examples.limit

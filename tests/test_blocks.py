@@ -44,7 +44,7 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(fused, "CAUSAL_BLOCK_ON_GPU", 8)
     monkeypatch.setattr(fused, "LEAST_WITH_OWN", 0)
     # Nor all scales in one call, which is the faster for few queries.
-    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
+    monkeypatch.setattr(running_means, "are_faster", lambda *arguments: False)
 
 
 def masks_of(kind, query_length, key_length):
@@ -138,7 +138,7 @@ def test_causal_scaled_heads_by_place(monkeypatch, primal, lengths):
 
     monkeypatch.setattr(fused, "is_fastest", lambda query, examples: True)
     monkeypatch.setattr(fused, "can_fuse", lambda examples: True)
-    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
+    monkeypatch.setattr(running_means, "are_faster", lambda *arguments: False)
     monkeypatch.setattr(native, "softmax_attention", record)
     inputs = arrays(*lengths, batch=2)
     whole, by_place = (
@@ -389,7 +389,7 @@ def test_the_kernel_is_taken(monkeypatch):
         return attend(query, examples, **options)
 
     monkeypatch.setattr(fused, "fused_softmax_attention", record)
-    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
+    monkeypatch.setattr(running_means, "are_faster", lambda *arguments: False)
     inputs = arrays(fused.LEAST_WITH_OWN + 1)
     for is_causal in (False, True):
         ops.attention(*inputs, OWN, is_causal=is_causal)

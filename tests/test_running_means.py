@@ -41,7 +41,7 @@ def taken(monkeypatch):
         calls.append(arguments)
         return running_examples(*arguments)
 
-    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: True)
+    monkeypatch.setattr(running_means, "are_faster", lambda *arguments: True)
     monkeypatch.setattr(training_sets, "running_examples", record)
     return calls
 
@@ -50,7 +50,7 @@ def one_call_and_many(monkeypatch, primal, inputs, **options):
     """Output and gradients in one call, and in one for each scale."""
     one = value_and_gradients(primal, inputs, **options)
     with monkeypatch.context() as patch:
-        patch.setattr(running_means, "are_faster", lambda query, keys: False)
+        patch.setattr(running_means, "are_faster", lambda *arguments: False)
         return one, value_and_gradients(primal, inputs, **options)
 
 
@@ -82,7 +82,7 @@ def test_dtypes_may_differ(monkeypatch, taken, primal, wide):
     tensors = [keras.ops.cast(x, dtype) for x, dtype in zip(tensors, dtypes)]
     one = ops.attention(*tensors, primal, is_causal=True)
     assert taken
-    monkeypatch.setattr(running_means, "are_faster", lambda query, keys: False)
+    monkeypatch.setattr(running_means, "are_faster", lambda *arguments: False)
     many = ops.attention(*tensors, primal, is_causal=True)
     assert one.dtype == many.dtype == tensors[2].dtype
     np.testing.assert_allclose(backends.to_numpy(one), backends.to_numpy(many), atol=0.05)
@@ -178,6 +178,10 @@ class Shifted(transforms.Transform):
         return x + 1.0
 
 
+class OwnBatchNorm(BatchNorm):
+    """A user's statistics."""
+
+
 class Sharper(feature_maps.Softmax):
     """A user's kernel."""
 
@@ -185,40 +189,104 @@ class Sharper(feature_maps.Softmax):
         return super().attend(2 * query, *others)
 
 
-def test_members_of_users(monkeypatch, taken):
-    """Their training sets and transforms are asked as before, their kernels get what they see."""
-    for primal in (
+@pytest.mark.parametrize(
+    "primal",
+    [
         Primal(training_set=ScaledEveryOther((1, 2))),
         Primal(transform=Shifted(), training_set=ScaledHeads((1, 2))),
-    ):
-        ops.attention(*arrays(LENGTH), primal, is_causal=True)
+        Primal(transform=OwnBatchNorm(), training_set=ScaledHeads((1, 2))),
+        Primal(feature_map=Sharper(), training_set=ScaledHeads((1, 2))),
+    ],
+    ids=["training set", "transform", "statistics", "kernel"],
+)
+def test_members_of_users_get_what_they_know(taken, primal):
+    ops.attention(*arrays(LENGTH), primal, is_causal=True)
     assert not taken
-    primal = Primal(feature_map=Sharper(), training_set=SCALED.training_set)
-    many = one_call_and_many(monkeypatch, primal, arrays(LENGTH), is_causal=True)
-    check_same(*many, tolerance=2e-5)
-    assert taken
 
 
 def test_the_choice():
     """On torch, run eagerly, for few pairs; means alone are taken scale by scale."""
-
-    def are_faster(length, is_causal, key_mask=None, key_length=None):
-        query = keras.ops.zeros((1, length, 8, 4))
-        key = keras.ops.zeros((1, key_length or length, 8, 4))
-        keys = Examples.keys(key, key, length, is_causal, mask=key_mask)
-        return running_means.are_faster(query, keys)
-
     is_torch = backends.BACKEND == "torch"
-    padding = keras.ops.ones((1, 64), dtype="bool")
-    assert are_faster(64, is_causal=True) == is_torch
-    assert are_faster(64, is_causal=False, key_mask=padding) == is_torch
-    assert not are_faster(64, is_causal=False)
-    assert not are_faster(64, is_causal=True, key_length=65)
-    assert are_faster(65, is_causal=False, key_mask=padding, key_length=64) == is_torch
-    assert not are_faster(4096, is_causal=True)
-    assert are_faster(256, is_causal=True) == is_torch
-    padding = keras.ops.ones((1, 512), dtype="bool")
-    assert not are_faster(512, is_causal=False, key_mask=padding)
+
+    def are_faster(length, is_causal, key_length=None, scales=(1, 2, 4, 8), dtype="float32", **on):
+        key_length = key_length or length
+        query, key = (keras.ops.zeros((1, n, 8, 4), dtype) for n in (length, key_length))
+        key_mask = None if is_causal else keras.ops.ones((1, key_length), dtype="bool")
+        keys = Examples.keys(key, key, length, is_causal, mask=key_mask)
+        return running_means.are_faster(query, keys, scales, on.get("has_dropout", False))
+
+    for is_causal in (False, True):
+        assert are_faster(64, is_causal) == is_torch
+        assert are_faster(64, is_causal, has_dropout=True) == is_torch
+        assert are_faster(250, is_causal) == is_torch
+        assert not are_faster(250, is_causal, has_dropout=True)
+        assert not are_faster(250, is_causal, dtype="float64")
+        assert not are_faster(512, is_causal)
+    assert are_faster(65, False, key_length=64) == is_torch
+    assert not are_faster(1, False, key_length=65536)
+    # Spans of whole windows of all scales, which sums are products with.
+    assert not are_faster(8, False, key_length=1024, scales=(5, 7, 9, 16))
+    assert are_faster(8, False, key_length=1024, scales=(5, 15)) == is_torch
+    key = keras.ops.zeros((1, 64, 8, 4))
+    keys = Examples.keys(key, key, 64)
+    assert not running_means.are_faster(key, keys, (1, 2), False)
+
+
+def test_what_can_not_be_as_good():
+    """Other numbers of causal queries, and scores as large as what hides others."""
+
+    def are_as_good(length, is_causal, dtype="float32"):
+        query, key = (keras.ops.zeros((1, n, 2, 4), dtype) for n in (length, 8))
+        return running_means.are_as_good(query, Examples.keys(key, key, length, is_causal))
+
+    assert are_as_good(8, True) and are_as_good(8, True, "float16") and are_as_good(9, False)
+    assert not are_as_good(9, True)
+    assert not are_as_good(8, False, "float16")
+
+
+@pytest.mark.skipif(backends.BACKEND != "torch", reason="torch rounds products if told to")
+def test_products_that_are_rounded_are_not_taken(taken):
+    import torch
+
+    inputs = [keras.ops.convert_to_tensor(x) for x in arrays(LENGTH)]
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.attention(*inputs, NORMALISED, is_causal=True)
+    try:
+        torch.set_float32_matmul_precision("high")
+        ops.attention(*inputs, NORMALISED, is_causal=True)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert not taken
+    ops.attention(*inputs, NORMALISED, is_causal=True)
+    assert taken
+
+
+@pytest.mark.parametrize("key_mask", [KEY_MASKS["nothing"], KEY_MASKS["in front"]], ids=str)
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e30), ("float16", 3e2)])
+def test_nothing_leaks_however_large(taken, dtype, size, key_mask):
+    """Scores beyond any number that might hide them, of keys to come."""
+    query, key, value = arrays(LENGTH, batch=2)
+    outputs = []
+    for change in (0.0, 50.0):
+        key[:, 8:], value[:, 8:] = size, change
+        tensors = (
+            keras.ops.cast(keras.ops.convert_to_tensor(x), dtype) for x in (query, key, value)
+        )
+        output = ops.attention(*tensors, SCALED, is_causal=True, key_mask=key_mask)
+        outputs.append(backends.to_numpy(output))
+    assert taken
+    np.testing.assert_array_equal(outputs[0][:, :8], outputs[1][:, :8])
+    assert np.isfinite(outputs[0]).all()
+
+
+def test_a_window_of_any_size(taken):
+    """One longer than the sequence is none that ends, be it of more keys than an integer holds."""
+    outputs = []
+    for size in (LENGTH + 1, 2**40):
+        primal = Primal(training_set=ScaledHeads((1, size)))
+        outputs.append(backends.to_numpy(ops.attention(*arrays(LENGTH), primal, is_causal=True)))
+    np.testing.assert_array_equal(*outputs)
+    assert taken
 
 
 @pytest.mark.skipif(backends.BACKEND != "torch", reason="the others compile what they run")

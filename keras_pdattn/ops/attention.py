@@ -174,9 +174,10 @@ def attention(
         projections=projections,
         awaits_transform=bool(primal.transform),
     )
-    wishes = mask, sliding_window, flash_attention, form, query_start, query_grid, key_grid
-    if not return_scores and all(wish is None for wish in wishes):
-        groups = _as_one_group(groups, primal, queries, keys) or groups
+    # None of which running means know.
+    others = mask, sliding_window, flash_attention, form, query_start, query_grid, key_grid
+    if not return_scores and all(one is None for one in others):
+        groups = _at_once(primal, groups, query, keys, dropout > 0) or groups
     sizes = head_counts(groups)
     problems = []
     parts = zip(groups, queries.split(sizes), keys.split(sizes))
@@ -210,18 +211,14 @@ def attention(
     return output, cast(scores, value.dtype)
 
 
-def _as_one_group(groups, primal, queries, keys):
-    """All heads as one group, or `None` if they can't be or that is not faster."""
-    from keras_pdattn import training_sets
-
-    transforms = primal.transform
-    is_known = len(transforms) < 2 and all(one.takes_running_means for one in transforms)
-    if primal.feature_map.has_states or not is_known:
+def _at_once(primal, groups, query, keys, has_dropout):
+    """All heads as one group, where that is as good and faster; or `None`."""
+    together = primal.in_one_group(groups)
+    if together is None or not running_means.are_as_good(query, keys):
         return None
-    sizes = [one.window_size for heads, one in groups for _ in range(heads.start, heads.stop)]
-    if None in sizes or max(sizes) == 1 or not running_means.are_faster(queries.x, keys):
-        return None
-    return [(slice(0, len(sizes)), training_sets.RunningMeans(tuple(sizes)))]
+    [(_, training_set)] = together
+    is_faster = running_means.are_faster(query, keys, training_set.scales, has_dropout)
+    return together if is_faster else None
 
 
 def _within(sliding_window, training_set, keys, queries):

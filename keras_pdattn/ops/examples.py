@@ -86,6 +86,8 @@ class Examples:
             `limit[i]` examples (and its own); or `None` if not causal.
         is_triangular: whether `limit[i] = i + 1`, which kernels know as "causal".
         stride: where it is not, `limit[i]` is `(i - start) // stride`, from 0 to M.
+        has_running_means: whether each query's own example is the one at its place, see
+            `ops.running_means`, and `limit[i]` is `i` wherever `start` is.
         start: integer `(B,)`, or `None` for 0.
         query_start: integer, where among the keys the first query stands, and
             `limit` is then one more for each; `None` for 0.
@@ -115,6 +117,7 @@ class Examples:
     limit: Any = None
     is_triangular: bool = False
     stride: int = 1
+    has_running_means: bool = False
     start: Any = None
     query_start: Any = None
     is_prefix: bool = False
@@ -188,7 +191,7 @@ class Examples:
         if self.projections is None:
             return self
         _, project = self.projections
-        value = zero_where_masked(project(join_axes(self.value, 2)), self.mask)
+        value = project(join_axes(self.value, 2))
         return replace(self.with_projected_keys(), value=value, projections=None)
 
     def with_projected_keys(self):
@@ -203,20 +206,16 @@ class Examples:
         """Replaces every key by `function(key)`."""
         key, own = function(self.key), self.own
         if own is not None:
-            own = own.with_key(key if self.has_running_means() else function(own.key))
+            own = own.with_key(key if self.has_running_means else function(own.key))
         if key is self.key and own is self.own:
             return self
         return replace(self, key=key, own=own)
 
-    def first_valid(self):
+    def first_position(self):
         """Where the first example is that is no padding, `(B,)`; or `None` for 0."""
-        if self.has_running_means():
+        if self.has_running_means:
             return self.start
         return None if self.mask is None else first_valid(self.mask)
-
-    def has_running_means(self):
-        """Whether each query's own example is the one at its place, see `ops.running_means`."""
-        return self.own is not None and self.own.key is self.key
 
     def with_scaled_keys(self, function):
         """Replaces every key, and `log_scale`, by the pair `function(key)`."""

@@ -57,7 +57,7 @@ def is_fastest(query, examples):
         dtype = examples.value.dtype
         is_narrow = accumulator(dtype) != keras.backend.standardize_dtype(dtype)
         return native.jax_runs_on_gpu() and is_narrow
-    takes_more = examples.own is not None and not examples.has_running_means()
+    takes_more = examples.own is not None and not examples.has_running_means
     return not takes_more or query.shape[1] > LEAST_WITH_OWN
 
 
@@ -73,7 +73,7 @@ def fused_softmax_attention(query, examples, scale, flash_attention=None):
     Returns:
         The output, `(B, T, H, Dv)`; zero for a query that sees nothing.
     """
-    if examples.has_running_means():
+    if examples.has_running_means:
         return _attend_to_running_means(query, examples, scale)
     if _sees_all_before(examples):
         return _Call.of(query, examples).answer(scale, flash_attention)
@@ -124,11 +124,15 @@ def _is_restricted(examples):
 
 def _attend_to_running_means(query, examples, scale):
     """Attention where the own example of each query is among the others, at its place."""
-    mask = native.mask_of_running_means(examples.mask, examples.own.mask, query.dtype)
-    sighted = None
-    if examples.start is not None:
-        # A sequence that is all padding has zeros for values.
-        sighted = ops.expand_dims(examples.limit >= append_axes(examples.start, 1), axis=1)
+    some, sighted = examples.own.mask, None
+    if some is not None:
+        # In a sequence that is all padding nothing is in the window of any head.
+        sighted = examples.limit >= append_axes(examples.start, 1)
+        sighted = append_axes(sighted & ops.any(some[..., 0], axis=1, keepdims=True), 1)
+        # What sees nothing is given something, lest the kernel make NaN of it.
+        some = some | ~sighted
+        sighted = ops.transpose(sighted, (0, 2, 1))
+    mask = native.mask_of_running_means(examples.mask, some, query.dtype)
     return _attend(query, examples, mask, sighted, scale)
 
 

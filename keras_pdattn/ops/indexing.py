@@ -43,10 +43,13 @@ def swap_heads_and_time(x):
 
 
 def zero_where_masked(x, mask):
-    """Puts zero for what `mask`, `(batch, time)` or `None`, leaves out of `x`, however large."""
+    """Puts zero for what `mask`, `(batch, time)`, leaves out of `x`, however large.
+
+    `mask` may be `(batch, time, heads)` too, or `None`.
+    """
     if mask is None:
         return x
-    return native.zero_unless(append_axes(mask, len(x.shape) - 2), x)
+    return native.zero_unless(append_axes(mask, len(x.shape) - len(mask.shape)), x)
 
 
 def first_valid(mask):

@@ -160,13 +160,19 @@ def mask_of_running_means(ends, some, dtype):
 
     Args:
         ends: boolean `(B or 1, T, H)`.
-        some: boolean `(B, T, H)`, False where there is nothing to see at its place; or `None`.
+        some: boolean `(B, T, H)`, False where it does not see the one at its place; or `None`.
+            Each query must see one.
         dtype: that of queries.
 
     Returns:
         Tensor `(B or 1, H, T, T)`.
     """
     return torch_native.mask_of_running_means(ends, some, dtype)
+
+
+def has_exact_sums(x):
+    """Whether products of float32, where `x` is, are as exact as sums: torch may be told not to."""
+    return not IS_TORCH or torch_native.has_exact_sums(x)
 
 
 def has_cudnn(dtype, depth):

@@ -8,10 +8,11 @@ hides some: more products than theirs are, in far fewer operations.
 
 import math
 
+import keras
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import accumulator, cast
+from keras_pdattn.ops.dtypes import accumulator, cast, is_double
 from keras_pdattn.ops.examples import Examples, OwnExample
 from keras_pdattn.ops.indexing import (
     append,
@@ -21,18 +22,30 @@ from keras_pdattn.ops.indexing import (
     join_axes,
     overlapping,
     swap_heads_and_time,
+    zero_where_masked,
 )
 
 #: Up to how many pairs of a query and a key, those of all heads and sequences, one call is faster
-#: on a CPU: of causal queries, and of others, for which windows take fewer operations.
-MOST_CAUSAL_PAIRS, MOST_PAIRS = 2**21, 2**19
+#: on a CPU: of causal queries; of others, for which windows take fewer operations; and where no
+#: kernel takes them, but all weights are written down.
+MOST_CAUSAL_PAIRS, MOST_PAIRS, MOST_WEIGHTS = 2**20, 2**19, 2**18
 #: How many times as many there may be on a GPU, which waits longer for an operation: a mask with
 #: a number for each pair of a head is held for the backward pass.
-TIMES_ON_GPU = 4
+TIMES_ON_GPU = 8
 
 
-def are_faster(query, keys):
-    """Whether one call of few operations is faster than one for each scale on fewer pairs.
+def are_as_good(query, keys):
+    """Whether running means give such queries what a call for each scale does, on torch."""
+    if keys.is_causal:
+        fits = query.shape[1] == keys.key.shape[1]
+    else:
+        # In float16 scores may be as large as those that hide examples.
+        fits = keras.backend.standardize_dtype(query.dtype) != "float16"
+    return fits and native.has_exact_sums(query)
+
+
+def are_faster(query, keys, scales, has_dropout):
+    """Whether one call, of few operations on all pairs, is faster than one for each scale.
 
     It is where torch starts operations one by one, for few pairs, unless all that a window takes
     is a mean.
@@ -41,10 +54,12 @@ def are_faster(query, keys):
         return False
     batch, length, num_heads, _ = query.shape
     num_keys = keys.key.shape[1]
-    if keys.is_causal and length != num_keys:
-        return False
     most = MOST_CAUSAL_PAIRS if keys.is_causal else MOST_PAIRS
-    return batch * num_heads * length * num_keys <= most * (TIMES_ON_GPU if query.is_cuda else 1)
+    if has_dropout or is_double(query.dtype):
+        most = MOST_WEIGHTS
+    most *= TIMES_ON_GPU if query.is_cuda else 1
+    _, reach = _span_and_reach(scales, num_keys, keys.mask is not None)
+    return batch * num_heads * num_keys * max(length, reach) <= most
 
 
 def running_examples(keys, scales):
@@ -60,12 +75,12 @@ def running_examples(keys, scales):
         wider dtype of sums.
     """
     length, depth = keys.key.shape[1], keys.key.shape[3]
+    # A window that does not end within the sequence may as well be that long.
+    scales = [min(scale, length + 1) for scale in scales]
     start = None if keys.mask is None else first_valid(keys.mask)
     step, scale = ops.arange(length, dtype="int32"), native.integers(scales, keys.key)
     place = _places(step, start, scale)
-    span = min(math.lcm(*scales), length)
-    # Windows that do not begin with the sequence reach into the span before.
-    reach = span if start is None else 2 * span
+    span, reach = _span_and_reach(scales, length, start is not None)
     member = _members(place[..., :span, :], reach, accumulator(keys.key.dtype))
     vectors = native.concatenate([keys.key, keys.value], axis=3)
     if start is None:
@@ -73,7 +88,8 @@ def running_examples(keys, scales):
     else:
         # A feature more, to count keys with.
         valid = append_axes(cast(keys.mask, vectors.dtype), 2)
-        sums = _sums(member, append(vectors, valid, axis=3))
+        vectors = append(zero_where_masked(vectors, keys.mask), valid, axis=3)
+        sums = _sums(member, vectors)
         means, count = native.split(sums, [sums.shape[3] - 1, 1], axis=3)
         means, some = means / native.at_least(count, 1), count[..., 0] > 0
     key, value = native.split(means, [depth, means.shape[3] - depth], axis=3)
@@ -81,11 +97,25 @@ def running_examples(keys, scales):
     value = cast(value, keys.value.dtype)
     ends = place == scale - 1
     if keys.is_causal:
-        order = {"limit": keys.limit - 1, "start": start, "own": OwnExample(key, value, some)}
+        order = {
+            "limit": keys.limit - 1,
+            "start": start,
+            "own": OwnExample(key, value, some),
+            "has_running_means": True,
+        }
     else:
         order, ends = {"is_prefix": keys.is_prefix}, ends | append_axes(step == length - 1, 1)
     mask = ops.expand_dims(ends, axis=0) if some is None else ends & some
     return Examples(key, value, mask, awaits_transform=keys.awaits_transform, **order)
+
+
+def _span_and_reach(scales, length, is_padded):
+    """How many keys there are to whole windows of all scales, and with those that windows reach.
+
+    Windows that do not begin with the sequence reach into the span before.
+    """
+    span = min(math.lcm(*scales), length)
+    return span, 2 * span if is_padded else span
 
 
 def _places(step, start, scale):

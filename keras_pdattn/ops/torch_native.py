@@ -72,8 +72,10 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
     if not dtype == key.dtype == value.dtype:
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
         tensors = [x.to(dtype) for x in tensors]
-    if mask is not None:
-        mask = _scores_of(mask, dtype) if mask.dtype == torch.bool else mask.to(dtype)
+    if mask is not None and mask.dtype == torch.bool:
+        # Not `-inf`, of which a row that sees nothing would make NaN.
+        mask = torch.where(mask, 0.0, max(NOTHING, torch.finfo(dtype).min / 2))
+    mask = mask if mask is None else mask.to(dtype)
     output = functional.scaled_dot_product_attention(
         *[x.transpose(1, 2) for x in tensors], attn_mask=mask, scale=scale, is_causal=is_causal
     )
@@ -81,26 +83,19 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
 
 
 def mask_of_running_means(ends, some, dtype):
-    length = ends.shape[1]
-    later = torch.full((length, length), _hidden(dtype), dtype=dtype, device=ends.device).triu_(1)
+    length, hidden = ends.shape[1], -torch.inf
+    later = torch.full((length, length), hidden, dtype=dtype, device=ends.device).triu_(1)
     # One pass over all pairs, where booleans would take three. Kernels want time last in memory.
-    mask = later + _scores_of(ends.mT.contiguous().unsqueeze(2), dtype)
+    mask = later + torch.where(ends.mT.contiguous().unsqueeze(2), 0.0, hidden).to(dtype)
     own = mask.diagonal(dim1=2, dim2=3)
-    own.zero_() if some is None else own.copy_(_scores_of(some.mT, dtype))
+    own.zero_() if some is None else own.copy_(torch.where(some.mT, 0.0, hidden))
     return mask
 
 
-def _scores_of(mask, dtype):
-    """What is added to scores, for a boolean mask."""
-    return torch.where(mask, 0.0, _hidden(dtype)).to(dtype)
-
-
-def _hidden(dtype):
-    """The score of what is not seen: not `-inf`, of which a row that sees nothing makes NaN.
-
-    Twice of it can be added up.
-    """
-    return max(NOTHING, torch.finfo(dtype).min / 2)
+def has_exact_sums(x):
+    """Whether products of float32 `x` are as exact as sums."""
+    is_narrowed = torch.is_autocast_enabled(x.device.type)
+    return not is_narrowed and torch.get_float32_matmul_precision() == "highest"
 
 
 def run(function, *inputs):
