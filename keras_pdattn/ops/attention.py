@@ -214,11 +214,11 @@ def attention(
 def _at_once(primal, groups, query, keys, has_dropout):
     """All heads as one group, where that is as good and faster; or `None`."""
     together = primal.in_one_group(groups)
-    if together is None or not running_means.are_as_good(query, keys):
+    if together is None:
         return None
     [(_, training_set)] = together
-    is_faster = running_means.are_faster(query, keys, training_set.scales, has_dropout)
-    return together if is_faster else None
+    is_taken = running_means.are_faster(query, keys, training_set.scales, has_dropout)
+    return together if is_taken and running_means.are_as_good(query, keys) else None
 
 
 def _within(sliding_window, training_set, keys, queries):
