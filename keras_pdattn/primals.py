@@ -95,19 +95,16 @@ class Primal(descriptions.Description):
         keep_values = all(transform.keeps_values for transform in self.transform)
         return self.feature_map.has_states and training_set.takes_inputs and keep_values
 
-    def in_one_group(self, groups):
-        """All heads with one training set, where `ops.running_means` gives what `groups` do.
+    def training_set_of_all(self, groups):
+        """One training set for all heads, where `ops.running_means` gives what `groups` do.
 
         Returns:
-            List of `(heads, training_set)`, as `groups` is; or `None`. Members of a user are
-            given what they know.
+            A `TrainingSet`, or `None`. Members of a user are given what they know.
         """
-        known = [type(self.feature_map) is feature_maps.Softmax]
-        known += [type(one) is transforms.BatchNorm for one in self.transform]
-        if len(known) > 2 or not all(known):
+        are_known = len(self.transform) < 2 and type(self.feature_map) is feature_maps.Softmax
+        if not are_known or any(type(one) is not transforms.BatchNorm for one in self.transform):
             return None
-        training_set = training_sets.RunningMeans.of_groups(groups)
-        return training_set and [(slice(0, len(training_set.scales)), training_set)]
+        return training_sets.RunningMeans.of_groups(groups)
 
     def check_call(self, num_axes, is_causal=False):
         """Raises a `ValueError` if attention over `num_axes` axes, or causal, has no meaning."""

@@ -208,12 +208,19 @@ def test_the_choice():
     """On torch, run eagerly, for few pairs; means alone are taken scale by scale."""
     is_torch = backends.BACKEND == "torch"
 
-    def are_faster(length, is_causal, key_length=None, scales=(1, 2, 4, 8), dtype="float32", **on):
+    def are_faster(
+        length,
+        is_causal,
+        key_length=None,
+        scales=(1, 2, 4, 8),
+        dtype="float32",
+        has_dropout=False,
+    ):
         key_length = key_length or length
         query, key = (keras.ops.zeros((1, n, 8, 4), dtype) for n in (length, key_length))
         key_mask = None if is_causal else keras.ops.ones((1, key_length), dtype="bool")
         keys = Examples.keys(key, key, length, is_causal, mask=key_mask)
-        return running_means.are_faster(query, keys, scales, on.get("has_dropout", False))
+        return running_means.are_faster(query, keys, scales, has_dropout)
 
     for is_causal in (False, True):
         assert are_faster(64, is_causal) == is_torch
@@ -262,7 +269,7 @@ def test_products_that_are_rounded_are_not_taken(taken):
 
 
 @pytest.mark.parametrize("key_mask", [KEY_MASKS["nothing"], KEY_MASKS["in front"]], ids=str)
-@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e30), ("float16", 3e2)])
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 1e30), ("float16", 5e4)])
 def test_nothing_leaks_however_large(taken, dtype, size, key_mask):
     """Scores beyond any number that might hide them, of keys to come."""
     query, key, value = arrays(LENGTH, batch=2)
@@ -291,16 +298,21 @@ def test_a_window_of_any_size(taken):
 
 @pytest.mark.skipif(backends.BACKEND != "torch", reason="the others compile what they run")
 def test_the_kernel_takes_all_heads(monkeypatch):
-    """One call of it, which writes down no weights, with a mask for each head."""
+    """One call of it, which writes down no weights, with a mask for each head.
+
+    Some kernels make NaN of a query that sees nothing at all.
+    """
     masks, attend = [], fused.native.softmax_attention
 
     def record(query, key, value, mask, *others):
         masks.append(tuple(mask.shape))
+        if mask.dtype.is_floating_point:
+            assert (mask == 0).any(dim=-1).all()
         return attend(query, key, value, mask, *others)
 
     monkeypatch.setattr(fused.native, "softmax_attention", record)
     inputs = arrays(LENGTH, heads=3, batch=2)
     ops.attention(*inputs, NORMALISED, is_causal=True)
-    ops.attention(*inputs, NORMALISED, is_causal=True, key_mask=KEY_MASKS["holes"])
+    ops.attention(*inputs, NORMALISED, is_causal=True, key_mask=KEY_MASKS["everything"])
     ops.attention(*inputs, NORMALISED, key_mask=KEY_MASKS["holes"])
     assert masks == [(1, 3, LENGTH, LENGTH), (2, 3, LENGTH, LENGTH), (2, 3, 1, LENGTH)]

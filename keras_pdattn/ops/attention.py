@@ -212,13 +212,15 @@ def attention(
 
 
 def _at_once(primal, groups, query, keys, has_dropout):
-    """All heads as one group, where that is as good and faster; or `None`."""
-    together = primal.in_one_group(groups)
-    if together is None:
+    """All heads as one group, where that is faster and as good; or `None`."""
+    training_set = primal.training_set_of_all(groups)
+    if training_set is None:
         return None
-    [(_, training_set)] = together
-    is_taken = running_means.are_faster(query, keys, training_set.scales, has_dropout)
-    return together if is_taken and running_means.are_as_good(query, keys) else None
+    if not running_means.are_faster(query, keys, training_set.scales, has_dropout):
+        return None
+    if not running_means.are_as_good(query, keys):
+        return None
+    return [(slice(0, len(training_set.scales)), training_set)]
 
 
 def _within(sliding_window, training_set, keys, queries):

@@ -57,8 +57,8 @@ def is_fastest(query, examples):
         dtype = examples.value.dtype
         is_narrow = accumulator(dtype) != keras.backend.standardize_dtype(dtype)
         return native.jax_runs_on_gpu() and is_narrow
-    takes_more = examples.own is not None and not examples.has_running_means
-    return not takes_more or query.shape[1] > LEAST_WITH_OWN
+    takes_no_more = examples.own is None or examples.has_running_means
+    return takes_no_more or query.shape[1] > LEAST_WITH_OWN
 
 
 def fused_softmax_attention(query, examples, scale, flash_attention=None):
