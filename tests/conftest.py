@@ -1,5 +1,6 @@
 """One backend a run, named by `KERAS_BACKEND`; deterministic examples, a larger set for `slow`."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -32,6 +33,12 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 def pytest_report_header():
     return f"keras {keras.__version__} on {keras.backend.backend()}"
+
+
+def pytest_collection_finish():
+    """Spares the collector what the imports made: Keras calls it for each layer it quantises."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

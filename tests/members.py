@@ -158,6 +158,11 @@ FEW = [
 ]
 
 
+def slow_where_compiled(test):
+    """Marks a test that is slow where ops compile, and shows no more there than on torch."""
+    return test if backends.BACKEND == "torch" else pytest.mark.slow(test)
+
+
 def few_where_compiled(name, values, few):
     """Runs a test for all `values`; those that are not of `few` are slow where ops compile.
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from members import slow_where_compiled
 
 import keras_pdattn
 
@@ -157,8 +158,12 @@ def test_extending_page_runs():
     exec(block, {})
 
 
+@slow_where_compiled
 def test_a_new_member_gets_everything_from_an_example():
-    """`examples/new_member.py`: causal use, masks, scores, files under three backends."""
+    """`examples/new_member.py`: causal use, masks, scores, files under three backends.
+
+    It goes through all of these by itself, whichever it begins with.
+    """
     example = ROOT.parent / "examples" / "new_member.py"
     printed = subprocess.run(
         [sys.executable, str(example)], capture_output=True, text=True, check=True
