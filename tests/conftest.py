@@ -35,12 +35,6 @@ def pytest_report_header():
     return f"keras {keras.__version__} on {keras.backend.backend()}"
 
 
-def pytest_collection_finish():
-    """Spares the collector what the imports made: Keras calls it for each layer it quantises."""
-    gc.collect()
-    gc.freeze()
-
-
 @pytest.fixture(autouse=True)
 def seeded():
     """Starts every test from one seed."""
@@ -55,7 +49,12 @@ def cleared():
 
 
 @pytest.fixture(autouse=True)
-def compiled_programs():
-    """Forgets what JAX has compiled before the process runs out of memory mappings."""
+def collected():
+    """Spares the collector what earlier tests left, as Keras calls it for each layer it quantises.
+
+    Forgets what JAX has compiled before the process runs out of memory mappings.
+    """
+    gc.freeze()
     yield
+    gc.unfreeze()
     backends.forget_programs(most_mappings=30_000)
