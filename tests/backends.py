@@ -22,28 +22,45 @@ def jitted(function):
 
 def gradients(function, arrays, *others):
     """Gradients of the scalar `function(*tensors, *others)` with respect to each of `arrays`."""
+    return output_and_gradients(function, arrays, 1.0, *others)[1]
+
+
+def output_and_gradients(function, arrays, cotangent, *others):
+    """`function(*tensors, *others)`, and gradients of the sum of it times `cotangent`.
+
+    With respect to each of `arrays`; all as arrays of NumPy, of one pass.
+    """
+    if BACKEND == "jax":
+        output, grads = _jax_gradients(function, len(arrays))(cotangent, *arrays, *others)
+        return to_numpy(output), [np.asarray(x) for x in grads]
     if BACKEND == "torch":
         tensors = [ops.convert_to_tensor(x).clone().requires_grad_() for x in arrays]
-        function(*tensors, *others).backward()
-        return [np.zeros(t.shape) if t.grad is None else t.grad.cpu().numpy() for t in tensors]
-    if BACKEND == "jax":
-        grads = _jax_gradients(function, len(arrays))(*arrays, *others)
-        return [np.asarray(x) for x in grads]
+        output = function(*tensors, *others)
+        output.backward(ops.convert_to_tensor(cotangent, dtype=output.dtype))
+        grads = [np.zeros(t.shape) if t.grad is None else t.grad.cpu().numpy() for t in tensors]
+        return to_numpy(output), grads
     import tensorflow as tf
 
     tensors = [ops.convert_to_tensor(x) for x in arrays]
     with tf.GradientTape() as tape:
         tape.watch(tensors)
-        loss = function(*tensors, *others)
-    grads = tape.gradient(loss, tensors, unconnected_gradients="zero")
-    return [x.numpy() for x in grads]
+        output = function(*tensors, *others)
+    weights = ops.convert_to_tensor(cotangent, dtype=output.dtype)
+    grads = tape.gradient(output, tensors, weights, unconnected_gradients="zero")
+    return to_numpy(output), [x.numpy() for x in grads]
 
 
 @functools.lru_cache(maxsize=64)
 def _jax_gradients(function, count):
     import jax
 
-    return jax.jit(jax.grad(function, argnums=tuple(range(count))))
+    @jax.jit
+    def both(cotangent, *inputs):
+        arrays, others = inputs[:count], inputs[count:]
+        output, pull = jax.vjp(lambda *arrays: function(*arrays, *others), *arrays)
+        return output, pull(jax.numpy.asarray(cotangent, output.dtype))
+
+    return both
 
 
 def compiled(function, shapes=None):

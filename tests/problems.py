@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import backends
-import keras
 import numpy as np
 import reference
 from hypothesis import settings
@@ -49,8 +48,13 @@ class Problem:
 
     def gradients(self, member, cotangent):
         """Our gradients of `sum(output * cotangent)` with respect to query, key and value."""
+        return self.output_and_gradients(member, cotangent)[1]
+
+    def output_and_gradients(self, member, cotangent):
+        """Our output and `gradients`, of one pass."""
         masks, others = self.split_options()
-        return backends.gradients(_loss(member, others), self.arrays, masks, cotangent)
+        attention = _attention(member, others)
+        return backends.output_and_gradients(attention, self.arrays, cotangent, masks)
 
     def split_options(self):
         """The masks, a dict, and the other options, as items that can be hashed."""
@@ -98,18 +102,6 @@ def _attention(member, options):
         )
 
     return backends.jitted(function)
-
-
-@functools.lru_cache(maxsize=64)
-def _loss(member, options):
-    """The sum of our output times a cotangent, as such a function."""
-    attention = _attention(member, options)
-
-    def function(query, key, value, masks, cotangent):
-        output = attention(query, key, value, masks)
-        return keras.ops.sum(output * keras.ops.convert_to_tensor(cotangent))
-
-    return function
 
 
 def assert_close(actual, expected, tolerance):

@@ -194,7 +194,7 @@ def test_groups_by_one_kernel(on_gpu, transform, scales, is_causal, lengths):
     whole = value_and_gradients(primal, inputs, form="whole", is_causal=is_causal)
     assert not on_gpu
     together = value_and_gradients(primal, inputs, is_causal=is_causal)
-    assert len(on_gpu) == 2
+    assert len(on_gpu) == 1
     check_same(together, whole, tolerance=5e-5)
 
 
@@ -591,16 +591,22 @@ def test_means_may_come_before_projections(monkeypatch, primal, reduction):
     )
     layer.build(query.shape, value.shape)
     assert layer._projects_late([23], False)
+
+    def solve(*arguments):
+        return (
+            layer(*arguments),
+            layer(*arguments, value_mask=value_mask),
+            *layer(*arguments, return_attention_scores=True),
+        )
+
     for arguments in ((query, value), (query, value, key)):
-        for options in ({}, {"value_mask": value_mask}, {"return_attention_scores": True}):
-            first = layer(*arguments, **options)
-            with monkeypatch.context() as patch:
-                patch.setattr(type(layer), "_projects_late", lambda *arguments: False)
-                second = layer(*arguments, **options)
-            if not isinstance(first, tuple):
-                first, second = (first,), (second,)
-            for one, other in zip(first, second):
-                assert_close(backends.to_numpy(one), backends.to_numpy(other), 1e-5)
+        # Functions of their own: one that JAX has compiled it would not look at again.
+        first = backends.jitted(lambda *x: solve(*x))(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(layer), "_projects_late", lambda *arguments: False)
+            second = backends.jitted(lambda *x: solve(*x))(*arguments)
+        for one, other in zip(first, second):
+            assert_close(backends.to_numpy(one), backends.to_numpy(other), 1e-5)
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,8 @@ def test_steps_give_what_the_whole_sequence_does(member, kind):
 @every_member_compiled
 def test_several_tokens_may_come_at_once(member, index):
     layer = layer_of(member)
-    full = values(layer(X, X, value_mask=MASK, use_causal_mask=True))
+    attend = functools.partial(layer, use_causal_mask=True)
+    full = values(backends.jitted(attend)(X, X, value_mask=MASK))
     for cache in (layer.init_cache(3, LENGTH), cache_by_position(layer)):
         _, cache = prefilled(layer, cache, 3, MASK)
         position = keras_ops.convert_to_tensor(3, dtype="int32") if index == "tensor" else index
@@ -156,11 +157,10 @@ def test_scores_and_attention_masks_are_those_of_all_positions(member):
 def test_a_cache_that_is_not_updated_stands_for_the_values(member):
     layer = layer_of(member)
     query = X[:, :2] + 1
-    expected = layer(query, X, value_mask=MASK)
-    _, cache = layer(
-        X, X, use_causal_mask=True, cache=cache_by_position(layer), cache_update_index=0
-    )
-    output, after = layer(query, X * 0, value_mask=MASK, cache=cache)
+    call = backends.jitted(layer)
+    expected = call(query, X, value_mask=MASK)
+    _, cache = prefilled(layer, cache_by_position(layer), LENGTH)
+    output, after = call(query, X * 0, value_mask=MASK, cache=cache)
     np.testing.assert_allclose(values(output), values(expected), rtol=0, atol=1e-5)
     assert keras.tree.map_structure(lambda x: x.shape, after) == keras.tree.map_structure(
         lambda x: x.shape, cache

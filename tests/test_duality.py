@@ -122,9 +122,10 @@ def test_the_layer_is_the_regression(head, fit_intercept):
         np.testing.assert_allclose(regression.predict(QUERIES), expected, atol=1e-10)
         layer = regression.to_layer(dtype="float64")
         assert isinstance(layer, PrimalDualAttention)
-        output = backends.to_numpy(layer(QUERIES[np.newaxis]))
+        output = backends.to_numpy(backends.jitted(layer)(QUERIES[np.newaxis]))
         np.testing.assert_allclose(output[0], expected, atol=1e-10)
-    output = backends.to_numpy(regression.to_layer()(QUERIES[np.newaxis].astype("float32")))
+    layer = backends.jitted(regression.to_layer())
+    output = backends.to_numpy(layer(QUERIES[np.newaxis].astype("float32")))
     assert not fit_intercept or np.abs(regression.intercept).max() > 0
     np.testing.assert_allclose(output[0], expected, atol=1e-5)
 

@@ -100,12 +100,11 @@ def check_padding(member, problem, cotangent, garbage):
     front, back = 2, 3
     inside = slice(front, -back)
     padded = pad(problem, front, back, garbage)
-    expected, output = problem.solve(member), padded.solve(member)
+    padded_cotangent = np.pad(cotangent, [(0, 0), (front, back), (0, 0), (0, 0)])
+    expected, grads = problem.output_and_gradients(member, cotangent)
+    output, padded_grads = padded.output_and_gradients(member, padded_cotangent)
     assert_close(output[:, inside], expected, problem.tolerance(member))
     assert (output[:, :front] == 0).all() and (output[:, -back:] == 0).all()
-    padded_cotangent = np.pad(cotangent, [(0, 0), (front, back), (0, 0), (0, 0)])
-    grads = problem.gradients(member, cotangent)
-    padded_grads = padded.gradients(member, padded_cotangent)
     for gradient, padded_gradient in zip(grads, padded_grads):
         size = max(1.0, np.abs(gradient).max())
         assert_close(padded_gradient[:, inside], gradient, 1e-6 * size)
