@@ -18,6 +18,21 @@ def write(name, figures):
     return path
 
 
+def read_here(name):
+    """The figures of a benchmark on this backend and machine; an empty dict if there are none.
+
+    Raises:
+        SystemExit: if they are of another machine.
+    """
+    figures = read(name).get(keras.backend.backend(), {})
+    if figures and figures["machine"] != machine.describe():
+        raise SystemExit(
+            f"Expected figures of this machine, {machine.describe()}. "
+            f"Received: {name} of {figures['machine']}"
+        )
+    return figures
+
+
 def read(name):
     """The figures of a benchmark by backend."""
     found = {}

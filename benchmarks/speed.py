@@ -109,14 +109,16 @@ def main(arguments=None):
     parser.add_argument("--compile", action="store_true", help="torch.compile on torch")
     parser.add_argument("--against", choices=RIVALS, help="the layer that all are held against")
     parser.add_argument("--name", default="speed", help="of the file of results")
+    parser.add_argument("--add", action="store_true", help="keep the other rows of that file")
     options = parser.parse_args(arguments)
+    before = results.read_here(options.name).get("rows", []) if options.add else []
+    rows = {_key(row): row for row in before}
     rate = matmul_rate()
     figures = {
         "multiply_adds_per_second": rate,
         "heads": HEADS,
         "depth": DEPTH,
         "torch_compiled": options.compile,
-        "rows": [],
     }
     settings = [
         (name, mode, dtype)
@@ -132,9 +134,14 @@ def main(arguments=None):
             case = dataclasses.replace(case, rival=options.against)
         for length in options.lengths:
             row = measure(name, case, length, mode, dtype, options.rounds, rate, options.compile)
-            figures["rows"].append(row)
-        results.write(options.name, figures)  # What there is, should a later one fail.
-    report(figures["rows"])
+            rows[_key(row)] = row
+            # What there is, should a later one fail.
+            results.write(options.name, {**figures, "rows": list(rows.values())})
+    report(rows.values())
+
+
+def _key(row):
+    return tuple(row[name] for name in ("member", "against", "mode", "dtype", "tokens"))
 
 
 if __name__ == "__main__":
