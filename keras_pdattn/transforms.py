@@ -218,7 +218,7 @@ class BatchNorm(Transform):
         does not notice a shift, neither need they be: T of the keys scales them
         by the deviation and shifts them, and the scale can go to the query.
         """
-        origin = statistics.origin(examples.key, examples.first_position())
+        origin = statistics.origin(examples.key, examples.common_position())
         centred = examples.with_keys(lambda key: native.widened(key) - origin)
         own = centred.own
         if centred.has_running_means:
@@ -228,15 +228,25 @@ class BatchNorm(Transform):
             moments = statistics.prefix_moments(centred.key, limit, examples.mask)
             if own is not None:
                 moments = statistics.append_example(moments, own.key, own.mask)
-        _, mean, variance = moments
-        x = self._normalise(queries.x, self._denominator(variance), weights, origin, mean)
+        count, mean, variance = moments
+        x = self._normalise(queries.x, self._denominator(variance, count), weights, origin, mean)
         dtype = queries.x.dtype
         # Where a prefix has no spread, 1 / epsilon is beyond float16.
         return _narrowed(queries.with_x(x), centred, x.dtype if _is_half(dtype) else dtype)
 
-    def _denominator(self, variance):
-        """What a product of a query and a key is divided by; `variance` is lost."""
-        return native.raised(variance, self.epsilon) if self.scale else ops.ones_like(variance)
+    def _denominator(self, variance, count=None):
+        """What a product of a query and a key is divided by; `variance` is lost.
+
+        Where there is one example, which has all the weight whatever its score is: by infinity.
+        By epsilon alone it would be so large that what rounding leaves of its gradient, which is
+        zero, were too.
+        """
+        if not self.scale:
+            return ops.ones_like(variance)
+        epsilon = self.epsilon
+        if count is not None:
+            epsilon = epsilon / native.at_most(native.at_least(count - 1, 0), 1)
+        return native.raised(variance, epsilon)
 
     def _normalise(self, x, divisor, weights, *means):
         """`x` less beta times the mean, which is the sum of `means`, over `divisor`."""

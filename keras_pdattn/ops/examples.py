@@ -89,6 +89,8 @@ class Examples:
         has_running_means: whether each query's own example is the one at its place, see
             `ops.running_means`, and `limit[i]` is `i` wherever `start` is.
         start: integer `(B,)`, or `None` for 0.
+        origin: with these means, integer `(B or 1, H)`: where an example of each head is that is
+            seen by all queries which see two.
         query_start: integer, where among the keys the first query stands, and
             `limit` is then one more for each; `None` for 0.
         is_prefix: whether these are the keys up to one query, so that a
@@ -119,6 +121,7 @@ class Examples:
     stride: int = 1
     has_running_means: bool = False
     start: Any = None
+    origin: Any = None
     query_start: Any = None
     is_prefix: bool = False
     visible: Any = None
@@ -211,10 +214,13 @@ class Examples:
             return self
         return replace(self, key=key, own=own)
 
-    def first_position(self):
-        """Where the first example is that is no padding, `(B,)`; or `None` for 0."""
+    def common_position(self):
+        """Where an example is that all causal queries see which see two.
+
+        Integer `(B,)`, or `(B or 1, H)` if heads differ; or `None` for 0.
+        """
         if self.has_running_means:
-            return self.start
+            return self.origin
         return None if self.mask is None else first_valid(self.mask)
 
     def with_scaled_keys(self, function):

@@ -213,9 +213,9 @@ def softmax_attention_of_lengths(
     )
 
 
-def raised(x, number):
-    """`x + number`; on torch in the memory of `x`, which is lost."""
-    return x.add_(number) if IS_TORCH else x + number
+def raised(x, other):
+    """`x + other`; on torch in the memory of `x`, which is lost."""
+    return x.add_(other) if IS_TORCH else x + other
 
 
 def at_least(x, least):

@@ -102,6 +102,7 @@ def running_examples(keys, scales):
             "start": start,
             "own": OwnExample(key, value, some),
             "has_running_means": True,
+            "origin": _first_ends(start, scale, length),
         }
     else:
         order, ends = {"is_prefix": keys.is_prefix}, ends | append_axes(step == length - 1, 1)
@@ -121,6 +122,12 @@ def _span_and_reach(scales, length, is_padded):
 def _places(step, start, scale):
     """The place of each key in its window, `(S, H)`; `(B, S, H)` if these begin at `start`."""
     return append_axes(step if start is None else step - append_axes(start, 1), 1) % scale
+
+
+def _first_ends(start, scale, length):
+    """Where the first window of each head ends, or the keys do, `(B or 1, H)`."""
+    start = 0 if start is None else append_axes(start, 1)
+    return native.at_most(start + ops.expand_dims(scale, axis=0) - 1, length - 1)
 
 
 def _members(place, reach, dtype):

@@ -40,17 +40,25 @@ def variance(centred, mask=None):
     return mean(centred * centred, mask)
 
 
-def origin(x, start=None):
-    """The first valid example, `(batch, 1, heads, depth)`, as a constant.
+def origin(x, position=None):
+    """An example to centre others on, `(batch, 1, heads, depth)`, as a constant.
 
-    Every non-empty prefix holds it, so centring on it looks at nobody's future.
+    One that every prefix of several holds: so centring on it looks at nobody's future, and leaves
+    no more than the spread of a prefix.
 
     Args:
         x: tensor of shape `(batch, time, heads, depth)`.
-        start: integer `(batch,)`, where it is; `None` for 0.
+        position: integer `(batch,)`, or `(batch or 1, heads)` if heads differ, where it is; `None`
+            for 0.
     """
-    first = x[:, :1] if start is None else take_along_time(x, ops.expand_dims(start, axis=-1))
-    return ops.stop_gradient(widen(first))
+    if position is None:
+        one = x[:, :1]
+    elif len(position.shape) == 1:
+        one = take_along_time(x, ops.expand_dims(position, axis=-1))
+    else:
+        index = append_axes(ops.expand_dims(position, axis=1), 1)
+        one = native.take_along_axis(x, index, axis=1)
+    return ops.stop_gradient(widen(one))
 
 
 def prefix_moments(x, limit, mask=None):
