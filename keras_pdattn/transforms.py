@@ -237,9 +237,8 @@ class BatchNorm(Transform):
     def _denominator(self, variance, count=None):
         """What a product of a query and a key is divided by; `variance` is lost.
 
-        Where there is one example, which has all the weight whatever its score is: by infinity.
-        By epsilon alone it would be so large that what rounding leaves of its gradient, which is
-        zero, were too.
+        Where there is one example it is infinity: that has all the weight, whatever its score.
+        The score's gradient is zero, and what rounding leaves of it, over epsilon, would be large.
         """
         if not self.scale:
             return ops.ones_like(variance)
