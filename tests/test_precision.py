@@ -71,6 +71,7 @@ def test_an_offset_costs_batch_norm_no_precision(member, is_causal, dtype):
     assert errors[1] <= 2 * errors[0]
 
 
+#: And up to how many queries see one example.
 NORMALISED = {
     "normalised": (Primal(transform="batch_norm"), 1),
     "scaled": (Primal(transform="batch_norm", training_set=ScaledHeads((2, 3))), 2),
@@ -78,10 +79,11 @@ NORMALISED = {
 PADDED = pytest.mark.parametrize("is_padded", [False, True], ids=["plain", "padded"])
 
 
-def of_length(length, is_padded):
-    """Queries, keys and values of as many sequences as there are kinds of padding, and a mask."""
-    inputs = [np.random.default_rng(i).normal(size=(4, length, 4, 8)) for i in range(3)]
-    key_mask = np.ones((4, length), bool)
+def sequences(is_padded):
+    """Queries, keys and values in float32, and a mask: padding in front, behind, between, none."""
+    inputs = [np.random.default_rng(i).normal(size=(4, 33, 4, 8)) for i in range(3)]
+    inputs = [x.astype("float32") for x in inputs]
+    key_mask = np.ones((4, 33), bool)
     key_mask[0, :5], key_mask[1, 20:], key_mask[2, [1, 4, 9]] = False, False, False
     return inputs, key_mask if is_padded else None
 
@@ -91,14 +93,13 @@ def of_length(length, is_padded):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_one_example_has_no_gradient_but_its_value(primal, count, dtype, is_padded):
     """The score of the only example counts for nothing; and it has no spread to divide by."""
-    inputs, key_mask = of_length(33, is_padded)
+    inputs, key_mask = sequences(is_padded)
 
     def first_outputs(*tensors):
         low = [keras_ops.cast(x, dtype) for x in tensors]
         output = ops.attention(*low, primal, is_causal=True, key_mask=key_mask)
         return keras_ops.cast(output[:, :count], "float32")
 
-    inputs = [x.astype("float32") for x in inputs]
     cotangent = np.random.default_rng(3).normal(size=(4, count, 4, 8))
     output, (query, key, value) = backends.output_and_gradients(first_outputs, inputs, cotangent)
     assert np.abs(output).max() > 1 and np.abs(value).max() > 1
@@ -106,21 +107,20 @@ def test_one_example_has_no_gradient_but_its_value(primal, count, dtype, is_padd
 
 
 @PADDED
-@pytest.mark.parametrize(("primal", "count"), NORMALISED.values(), ids=NORMALISED)
-def test_gradients_of_statistics_of_prefixes(primal, count, is_padded):
+@pytest.mark.parametrize("primal", [one for one, _ in NORMALISED.values()], ids=NORMALISED)
+def test_gradients_of_statistics_of_prefixes(primal, is_padded):
     """Those of float32 are those of float64, but for keys of prefixes with hardly any spread."""
-    inputs, key_mask = of_length(33, is_padded)
+    inputs, key_mask = sequences(is_padded)
     cotangent = np.random.default_rng(3).normal(size=inputs[2].shape)
-    found = []
-    for dtype in ("float32", "float64"):
 
-        def attention(*tensors):
-            return ops.attention(*tensors, primal, is_causal=True, key_mask=key_mask)
+    def attention(*tensors):
+        return ops.attention(*tensors, primal, is_causal=True, key_mask=key_mask)
 
-        with backends.float64():
-            low = [x.astype("float32").astype(dtype) for x in inputs]
-            found.append(backends.output_and_gradients(attention, low, cotangent))
-    (output, gradients), (expected, exact) = found
+    with backends.float64():
+        (output, gradients), (expected, exact) = (
+            backends.output_and_gradients(attention, [x.astype(dtype) for x in inputs], cotangent)
+            for dtype in ("float32", "float64")
+        )
     errors = [rms(one - other) / rms(other) for one, other in zip(gradients, exact)]
     assert rms(output - expected) < 1e-6 * rms(expected)
     assert max(errors[0], errors[2]) < 2e-5 and errors[1] < 1e-3

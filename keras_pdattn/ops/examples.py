@@ -217,11 +217,11 @@ class Examples:
     def common_position(self):
         """Where an example is that all causal queries see which see two.
 
-        Integer `(B,)`, or `(B or 1, H)` if heads differ; or `None` for 0.
+        Integer `(B or 1, H or 1)`; or `None` for 0.
         """
         if self.has_running_means:
             return self.origin
-        return None if self.mask is None else first_valid(self.mask)
+        return None if self.mask is None else append_axes(first_valid(self.mask), 1)
 
     def with_scaled_keys(self, function):
         """Replaces every key, and `log_scale`, by the pair `function(key)`."""

@@ -48,13 +48,10 @@ def origin(x, position=None):
 
     Args:
         x: tensor of shape `(batch, time, heads, depth)`.
-        position: integer `(batch,)`, or `(batch or 1, heads)` if heads differ, where it is; `None`
-            for 0.
+        position: integer `(batch or 1, heads or 1)`, where it is; `None` for 0.
     """
     if position is None:
         one = x[:, :1]
-    elif len(position.shape) == 1:
-        one = take_along_time(x, ops.expand_dims(position, axis=-1))
     else:
         index = append_axes(ops.expand_dims(position, axis=1), 1)
         one = native.take_along_axis(x, index, axis=1)
