@@ -26,7 +26,8 @@ class FeatureMap(descriptions.WeightedMember):
     takes the one with fewer multiplications. The dual form weighs values by
     kernels, as softmax attention does. The primal form keeps the weight matrix
     \(W = \sum_j v_j \Phi(k_j)^\top\) of a head as a state, causally one for each
-    chunk of keys. Sums are in float32 or wider.
+    chunk of keys. Sums are in float32 or wider. A query whose kernels, factors
+    that cancel left out, add up to less than \(2^{-90}\) outputs zero, as if it saw nothing.
 
     Masking: after the feature map, on the kernel. Causal use: yes. Dropout: on the
     output, as the primal form has no weights to drop.
@@ -299,8 +300,8 @@ class Elu(FeatureMap):
 
     \[ \Phi(x) = \operatorname{elu}(x) + 1 \]
 
-    As many features as the depth, all positive. In float32 a key whose numbers are
-    all below -87 has none.
+    As many features as the depth, all positive. Keys with no number above -62
+    may count as nothing; see `FeatureMap`.
 
     Masking: any. Causal use: yes, by chunks with a carried state.
 
@@ -434,7 +435,8 @@ class PositiveRandom(FeatureMap):
     expectation of \(\Phi(x)^\top\Phi(y)\) is \(\exp(x^\top y/\sqrt D)\). Each
     head draws its own, from the seed; the draw is a weight of the layer, not
     trained, saved with it, and drawn anew by the layer's `redraw`. What exponents
-    are too large or small by is kept apart, and cancels in the normalisation.
+    are too large or small by is kept apart, and cancels in the normalisation. A query
+    of numbers of 20 and more may share no feature with any key; see `FeatureMap`.
 
     Masking: any. Causal use: yes, by chunks with a carried state.
 

@@ -12,6 +12,9 @@ from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import take_along_time
 from keras_pdattn.ops.records import replace
 
+#: The largest number of float16.
+MOST_IN_HALF = 65504.0
+
 
 class Transform(descriptions.WeightedMember):
     r"""A transform \(T\) of queries and keys, fitted to the training set of a head.
@@ -264,7 +267,15 @@ def _is_half(dtype):
 
 def _narrowed(queries, examples, dtype):
     """Queries and keys back in `dtype`, once what is summed and subtracted is."""
-    return queries.with_x(cast(queries.x, dtype)), examples.with_keys(lambda key: cast(key, dtype))
+
+    def narrow(x):
+        if _is_half(dtype):
+            # Over the root of epsilon, what is far from keys with no spread is beyond float16.
+            within = ops.clip(x, -MOST_IN_HALF, MOST_IN_HALF)
+            x = ops.where(ops.isfinite(x), within, x)
+        return cast(x, dtype)
+
+    return queries.with_x(narrow(queries.x)), examples.with_keys(narrow)
 
 
 class _Convolution(Transform):

@@ -21,3 +21,18 @@ def has_cudnn(dtype, depth):
     except (NotImplementedError, RuntimeError, ValueError):
         return False
     return True
+
+
+@jax.custom_jvp
+def ratio(part, total):
+    """`part / total`, whose gradient divides by `total` twice and not by its square.
+
+    The square of a total is beyond the range of floats long before the total is.
+    """
+    return part / total
+
+
+@ratio.defjvp
+def _change_of_ratio(primals, changes):
+    of_part, of_total = changes
+    return ratio(*primals), (of_part - ratio(*primals) * of_total) / primals[1]

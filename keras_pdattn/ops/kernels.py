@@ -7,6 +7,10 @@ from keras_pdattn.ops import native
 from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast, exp_of_at_most_zero, widen
 from keras_pdattn.ops.indexing import append_axes
 
+#: What a sum of kernels is nothing below. Gradients are divided by that sum before they meet
+#: features as small again, and in between have to be within the range of float32.
+LEAST_TOTAL = 2.0**-90
+
 
 def masked_softmax(logits, log_scale=None, visible=None):
     """Softmax over the last axis as `(weights, total)`, the weights not yet over their total.
@@ -51,8 +55,8 @@ def masked_kernel(kernel, log_scale=None, visible=None):
 
 
 def share(part, total):
-    """`part / total`; `part` itself where the total is zero, as `part` is then, or `None`."""
-    return part if total is None else native.ratio(part, native.one_for_zero(total))
+    """`part / total`; `part` itself where the total is nothing, as `part` is then, or `None`."""
+    return part if total is None else native.ratio(part, native.one_for_less(total, LEAST_TOTAL))
 
 
 def weighted_sums(weights, total, dropout, multiply, dtype):

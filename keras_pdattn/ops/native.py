@@ -277,7 +277,7 @@ def ratio(part, total, *less):
         return torch_native.run(torch_native.Ratio, part, total, *less)
     for one in less:
         part = part - one
-    return part / total
+    return jax_native.ratio(part, total) if IS_JAX else part / total
 
 
 def zero_unless(mask, x):
@@ -287,9 +287,10 @@ def zero_unless(mask, x):
     return ops.where(mask, x, ops.zeros_like(x))
 
 
-def one_for_zero(x):
-    """`x` with ones in place of zeros."""
-    return x.masked_fill(x == 0, 1.0) if IS_TORCH else ops.where(x == 0, 1.0, x)
+def one_for_less(x, least):
+    """`x` with ones in place of what is nearer to zero than `least`."""
+    is_less = abs(x) < least
+    return x.masked_fill(is_less, 1.0) if IS_TORCH else ops.where(is_less, 1.0, x)
 
 
 def largest(x, axis, keepdims=False):
