@@ -168,6 +168,8 @@ def test_memory_is_that_of_one_sequence(shape):
         (np.ones((2, 3, 4, 4, 4)), None, "as many axes of queries as of keys"),
         (np.ones((0, 3, 4, 4)), None, "none of them empty"),
         (np.ones((2, 3, 4, 4), int), None, "`scores` must be floating point.*int64"),
+        (np.full((2, 3, 4, 4), np.nan), None, "`scores` must be finite. Received: scores with"),
+        (None, None, "`scores` must be a tensor of numbers. Received: scores=None"),
         (np.ones((2, 3, 4, 4)), np.ones((2, 3)), r"`mask`.*\(2, 4\).*shape \(2, 3\)"),
         (np.ones((2, 3, 4, 4)), np.full((2, 4), -1e9), "`mask`.*additive.*Received: mask"),
         (np.ones((2, 3, 4, 4)), np.zeros((2, 4), bool), "Received: mask with 0 queries left"),

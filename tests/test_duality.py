@@ -428,6 +428,7 @@ def test_masks_pass_through():
         ({"keys": KEYS[:-1]}, r"`keys` must have the shape.*keys.shape=\(30, 3\)"),
         ({"keys": KEYS[np.newaxis]}, "`keys` must have the shape"),
         ({"keys": np.full_like(KEYS, np.nan)}, "`keys` must be finite"),
+        ({"keys": None}, "`keys` must be a tensor of numbers. Received: keys=None"),
         ({"C": 0}, "`C`.*Received: C=0"),
         ({"C": "auto"}, "Received: C='auto'"),
         ({"epsilon": -1}, "`epsilon`.*Received: epsilon=-1"),

@@ -82,6 +82,27 @@ def test_call(primal, call, message):
         call(PrimalDualAttention(2, 4, primal=primal))
 
 
+def call_with(**arguments):
+    layer = PrimalDualAttention(2, 4)
+    layer(X, X)
+    return layer(**{"query": X, "value": X, **arguments})
+
+
+def attend_to(**arguments):
+    x = array(2, 5, 2, 4)
+    return ops.attention(**{"query": x, "key": x, "value": x, "primal": "softmax", **arguments})
+
+
+@pytest.mark.parametrize("call", [call_with, attend_to])
+@pytest.mark.parametrize("name", ["query", "value", "key_mask", "query_mask"])
+def test_what_is_no_tensor(call, name):
+    for nothing in (object(), None) if name in ("query", "value") else (object(),):
+        with pytest.raises(ValueError, match=f"`{name}` must be a tensor.* Received: {name}="):
+            call(**{name: nothing})
+    with pytest.raises(TypeError, match=f"`{name}` must be a tensor.* Received: {name}='words'"):
+        call(**{name: "words"})
+
+
 def test_a_built_layer_keeps_its_widths():
     layer = PrimalDualAttention(2, 4)
     layer(X, X)

@@ -6,13 +6,14 @@ import keras
 import numpy as np
 
 from keras_pdattn.ops import masks
+from keras_pdattn.ops.dtypes import dtype_of
 
 
 def as_floats(name, x):
     """`x` as a NumPy array, which is not copied if it is one; raises unless floating point."""
+    dtype = dtype_of(name, x)
     if not isinstance(x, np.ndarray):
         x = keras.ops.convert_to_numpy(x)
-    dtype = keras.backend.standardize_dtype(x.dtype)
     if not keras.backend.is_float_dtype(dtype):
         raise ValueError(f"`{name}` must be floating point. Received: {name} of dtype {dtype}")
     return x

@@ -57,8 +57,9 @@ def attention_calls(model, inputs, training=False):
 
     Raises:
         ValueError: if `model` is not a layer or holds no attention layer; if
-            `inputs` are symbolic; if a layer uses flash attention or has no
-            `return_attention_scores`, and so can't return scores.
+            `inputs` are symbolic or not the arguments of the layer; if a layer uses
+            flash attention or has no `return_attention_scores`, and so can't return
+            scores.
 
     Example:
 
@@ -84,6 +85,7 @@ def attention_calls(model, inputs, training=False):
         raise ValueError(
             f"`inputs` must be arrays or tensors, not symbolic. Received: inputs={inputs!r}"
         )
+    _check_arguments(model, inputs)
     _check_scores(_attention_layers(model))
     if not all(layer.built for layer in model._flatten_layers()):
         _run(model, inputs, training=False)
@@ -207,12 +209,30 @@ def _check_scores(layers):
             )
 
 
-def _run(model, inputs, training):
+def _check_arguments(model, inputs):
+    """Raises unless `inputs` hold the arguments of `model`."""
+    args, kwargs = _arguments(model, inputs)
+    try:
+        inspect.signature(model.call).bind(*args, **kwargs)
+    except TypeError as error:
+        raise ValueError(
+            f"`inputs` must hold the arguments of {type(model).__name__}, several as a tuple or "
+            f"a dict: {error}. Received: inputs of type {type(inputs).__name__}"
+        ) from error
+
+
+def _arguments(model, inputs):
+    """What `model` is called with, by position and by name."""
     if isinstance(inputs, tuple) and not isinstance(model, keras.Model):
-        return model(*inputs, training=training)
+        return inputs, {}
     if isinstance(inputs, dict) and not isinstance(model, keras.Model):
-        return model(**inputs, training=training)
-    return model(inputs, training=training)
+        return (), inputs
+    return (inputs,), {}
+
+
+def _run(model, inputs, training):
+    args, kwargs = _arguments(model, inputs)
+    return model(*args, **kwargs, training=training)
 
 
 @contextlib.contextmanager

@@ -70,8 +70,8 @@ def head_redundancy(scores, mask=None):
 
     Raises:
         ValueError: if there are fewer than two heads; if shapes don't fit; if
-            `mask` is an additive float mask, or leaves no query that sees
-            anything.
+            `scores` are not finite; if `mask` is an additive float mask, or leaves
+            no query that sees anything.
 
     Example:
 
@@ -105,7 +105,10 @@ def head_redundancy(scores, mask=None):
     num_queries = num_sequences = 0
     for sequence, valid in zip(scores, mask):
         kept = valid & sequence.any(axis=(0, 2))
-        totals += _compared(np.compress(kept, sequence, axis=1))
+        rows = np.compress(kept, sequence, axis=1)
+        if not np.isfinite(rows).all():
+            raise ValueError("`scores` must be finite. Received: scores with NaN or infinity")
+        totals += _compared(rows)
         num_queries += kept.sum()
         num_sequences += kept.sum() > 1
     if not num_queries:

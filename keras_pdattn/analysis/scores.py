@@ -49,8 +49,9 @@ def attention_scores(model, inputs, training=False):
 
     Raises:
         ValueError: if `model` is not a layer or holds no attention layer; if
-            `inputs` are symbolic; if a layer uses flash attention or has no
-            `return_attention_scores`, and so can't return scores.
+            `inputs` are symbolic or not the arguments of the layer; if a layer uses
+            flash attention or has no `return_attention_scores`, and so can't return
+            scores.
 
     Example:
 

@@ -18,7 +18,7 @@ from keras_pdattn.duality.problem import (
 from keras_pdattn.layers.normalized_features import NormalizedFeatures
 from keras_pdattn.layers.support_vector_attention import SupportVectorAttention
 from keras_pdattn.ops import checks
-from keras_pdattn.ops.dtypes import widen
+from keras_pdattn.ops.dtypes import dtype_of, widen
 from keras_pdattn.ops.examples import Examples, Queries
 from keras_pdattn.primals import Primal
 
@@ -138,6 +138,7 @@ def fit(
 
 def _checked(keys, values):
     """Keys `(N, D)` and values `(N, outputs)` as float arrays."""
+    dtype_of("keys", keys), dtype_of("values", values)
     received = f"keys.shape={np.shape(keys)}, values.shape={np.shape(values)}"
     keys, values = np.asarray(keys, "float64"), np.asarray(values, "float64")
     values = values.reshape(-1, 1) if values.ndim == 1 else values

@@ -91,7 +91,8 @@ class PrimalDualAttention(caches.KeepsCaches, keras.layers.MultiHeadAttention):
             not hold (but one of a sliding window): a mask of the whole length says.
         cache_update_index: the position of the first of these tokens, an integer or
             an integer scalar tensor; `None` to attend to `cache` as it is, whatever
-            `value` and `key` are (cross-attention).
+            `value` and `key` are (cross-attention). A state, or the ring of a
+            sliding window, has no last position.
 
     Returns:
         The output, `(batch, queries, width)`; with `return_attention_scores`

@@ -135,8 +135,8 @@ def attention(
     checks.check_dropout(dropout, seed)
     checks.check_form(form)
     is_one = value is key
-    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     checks.check_tensors(query=query, key=key, value=value)
+    query, key, value = (ops.convert_to_tensor(x) for x in (query, key, value))
     if projections is not None:
         key, value = (ops.expand_dims(x, axis=2) for x in (key, value))
     checks.check_shapes(query, key, value, projections)

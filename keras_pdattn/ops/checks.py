@@ -6,6 +6,7 @@ import keras
 from keras import ops
 
 from keras_pdattn import validation
+from keras_pdattn.ops.dtypes import dtype_of
 from keras_pdattn.ops.masks import fits
 
 _FORMS = ("fused", "whole", "blocks")
@@ -20,10 +21,9 @@ def check_tensors(**tensors):
             raise ValueError(
                 f"`{name}` must be a dense tensor. Received: {name} of type {type(tensor).__name__}"
             )
-        dtype = keras.backend.standardize_dtype(tensor.dtype)
+        dtype = dtype_of(name, tensor)
         if not keras.backend.is_float_dtype(dtype):
-            error = TypeError if dtype == "string" else ValueError
-            raise error(f"`{name}` must be floating point. Received: {name} of dtype {dtype}")
+            raise ValueError(f"`{name}` must be floating point. Received: {name} of dtype {dtype}")
 
 
 def _is_sparse_or_ragged(tensor):

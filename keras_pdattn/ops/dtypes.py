@@ -1,6 +1,7 @@
 """Which dtype sums are carried in."""
 
 import keras
+import numpy as np
 from keras import ops
 
 #: The logarithm of a factor that leaves nothing.
@@ -14,6 +15,24 @@ def accumulator(dtype):
     a running sum of ones stalls at 256 (bfloat16) or 2,048 (float16).
     """
     return "float64" if keras.backend.standardize_dtype(dtype) == "float64" else "float32"
+
+
+def dtype_of(name, x):
+    """Returns the name of the dtype of `x`: a tensor, or what NumPy makes an array of.
+
+    Raises:
+        TypeError: if it holds strings.
+        ValueError: if it holds no numbers.
+    """
+    dtype = x.dtype if hasattr(x, "dtype") else np.asarray(x).dtype
+    try:
+        standard = keras.backend.standardize_dtype(dtype)
+    except ValueError:
+        standard = "string" if getattr(dtype, "kind", None) in "SU" else None
+    if standard in (None, "string"):
+        error = ValueError if standard is None else TypeError
+        raise error(f"`{name}` must be a tensor of numbers. Received: {name}={x!r}")
+    return standard
 
 
 def cast(x, dtype):

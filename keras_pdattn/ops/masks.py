@@ -5,6 +5,7 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn.ops import native
+from keras_pdattn.ops.dtypes import dtype_of
 
 
 def as_boolean(name, mask):
@@ -15,9 +16,9 @@ def as_boolean(name, mask):
             be read because it is symbolic or traced. (An integer one is trusted
             there, as Keras and KerasHub make such masks themselves.)
     """
+    dtype = dtype_of(name, mask)
     if not hasattr(mask, "dtype"):
         mask = np.asarray(mask)
-    dtype = keras.backend.standardize_dtype(mask.dtype)
     if dtype == "bool":
         is_symbolic = keras.backend.is_keras_tensor(mask)
         return mask if is_symbolic else native.into_graph(ops.convert_to_tensor(mask))
