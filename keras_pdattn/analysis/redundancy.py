@@ -105,10 +105,7 @@ def head_redundancy(scores, mask=None):
     num_queries = num_sequences = 0
     for sequence, valid in zip(scores, mask):
         kept = valid & sequence.any(axis=(0, 2))
-        rows = np.compress(kept, sequence, axis=1)
-        if not np.isfinite(rows).all():
-            raise ValueError("`scores` must be finite. Received: scores with NaN or infinity")
-        totals += _compared(rows)
+        totals += _compared(np.compress(kept, sequence, axis=1))
         num_queries += kept.sum()
         num_sequences += kept.sum() > 1
     if not num_queries:
@@ -116,6 +113,8 @@ def head_redundancy(scores, mask=None):
             "`mask` must leave a query that sees something. "
             f"Received: mask with {int(mask.sum())} queries left, none of which does"
         )
+    if not np.isfinite(totals[0]).all():
+        raise ValueError("`scores` must be finite. Received: scores with NaN or infinity")
     counts = np.array([num_queries, num_queries, num_sequences or np.nan]).reshape(3, 1, 1)
     matrices = totals / counts
     for matrix, with_itself in zip(matrices, (0.0, 1.0, 1.0)):
