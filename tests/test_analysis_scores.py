@@ -363,7 +363,11 @@ class NoneScores(keras.layers.MultiHeadAttention):
     [
         (lambda: "model", X, "must be a Keras model or layer. Received: model='model'"),
         (lambda: keras.layers.Dense(3), X, "has no attention layer. Received: model=<Dense"),
-        (ours, X, "`inputs` must hold the arguments of Batch.*'value'. Received: inputs of type nd"),
+        (
+            ours,
+            X,
+            "`inputs` must hold the arguments of Batch.*'value'. Received: inputs of type nd",
+        ),
         (ours, {"query": X, "values": X}, "'value'. Received: inputs of type dict"),
         (ours, (keras.Input((5, 8)),) * 2, r"not symbolic. Received: inputs=\(<KerasTensor"),
         (

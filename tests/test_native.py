@@ -1,5 +1,7 @@
 """What a backend does in one operation against the same in float64 NumPy."""
 
+import sys
+
 import backends
 import keras
 import numpy as np
@@ -23,6 +25,20 @@ def normal(*shape):
 
 def tensors(*arrays):
     return [keras.ops.convert_to_tensor(x) for x in arrays]
+
+
+def test_mapped_functions_run_as_they_are_written():
+    """Rewritten by TensorFlow's autograph they would take several times as long."""
+    ran = set()
+
+    def square(x):
+        ran.add(sys._getframe().f_code)
+        return keras.ops.square(x)
+
+    (x,) = tensors(normal(3, 2))
+    found = backends.to_numpy(native.map(square, x))
+    np.testing.assert_allclose(found, np.square(backends.to_numpy(x)), rtol=1e-6)
+    assert ran == {square.__code__}
 
 
 @pytest.mark.parametrize("has_bias", [True, False])

@@ -3,6 +3,7 @@
 import keras
 from keras import ops
 
+from keras_pdattn.ops import native
 from keras_pdattn.ops.indexing import fit_axis, join_axes, split_axis
 
 
@@ -42,5 +43,5 @@ def map_blocks(function, shared, by_query, length, block):
         return solve(*(tensors[name] for name in names))
 
     pieces = [cut(x, axis) for x, axis in by_query.values()]
-    output = ops.map(solve_block, (ops.arange(count, dtype="int32"), *pieces))
+    output = native.map(solve_block, (ops.arange(count, dtype="int32"), *pieces))
     return join_axes(ops.moveaxis(output, 0, 2), 2)[:, :, :length]

@@ -15,6 +15,8 @@ if IS_TORCH:
     from keras_pdattn.ops import torch_native
 if IS_JAX:
     from keras_pdattn.ops import jax_native
+if IS_TENSORFLOW:
+    from keras_pdattn.ops import tensorflow_native
 
 
 def linear(x, kernel, bias=None, num_widths=1):
@@ -278,6 +280,16 @@ def ratio(part, total, *less):
     for one in less:
         part = part - one
     return jax_native.ratio(part, total) if IS_JAX else part / total
+
+
+def map(function, xs):
+    """`ops.map`, without TensorFlow rewriting the code of `function` and all that it calls.
+
+    Run eagerly, that takes several times as long as the work.
+    """
+    if IS_TENSORFLOW:
+        function = tensorflow_native.do_not_convert(function)
+    return ops.map(function, xs)
 
 
 def zero_unless(mask, x):

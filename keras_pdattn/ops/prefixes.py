@@ -46,7 +46,7 @@ def prefix_by_prefix(solve, queries, keys, dropout, is_pointwise):
         return (output,) if scores is None else (output, scores)
 
     blocks = ops.arange(count, dtype="int32"), native.reshape(positions, (count, BLOCK))
-    output, *scores = ops.map(solve_block, blocks)
+    output, *scores = native.map(solve_block, blocks)
     output = join_axes(ops.moveaxis(output, 0, 1), 1)[:, :query_length]
     if not scores:
         return output, None
