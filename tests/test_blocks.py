@@ -199,6 +199,16 @@ def test_groups_by_one_kernel(on_gpu, transform, scales, is_causal, lengths):
 
 
 @only_on_jax
+def test_a_feature_hides_padding_whatever_its_score(on_gpu):
+    """In float16, where scores over the root of epsilon are as low as any number."""
+    x = keras.ops.cast(np.random.default_rng(0).normal(size=(1, 8, 4, 8)), "float16")
+    output = ops.attention(x, x, x, "batch_norm", key_mask=np.arange(8)[np.newaxis] < 1)
+    assert on_gpu == [None]
+    expected = np.broadcast_to(backends.to_numpy(x[:, :1]), output.shape)
+    np.testing.assert_allclose(backends.to_numpy(output), expected, atol=1e-2)
+
+
+@only_on_jax
 def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
     """Masks, dropout, scores, a form that is asked for; and what would mostly be filled up."""
     together, answer = [], fused._answer_together

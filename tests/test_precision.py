@@ -160,6 +160,26 @@ def test_queries_far_from_keys_that_are_alike(member, is_causal, dtype):
 
 
 @LOW
+@few_where_compiled("member", [*MEMBERS, *MORE_NORMALISED], FEW)
+def test_padding_hides_keys_that_are_far(member, dtype):
+    """Over the root of epsilon, scores of padded keys are as large as float16 can hold."""
+    rng = np.random.default_rng(0)
+    x, _ = rounded(rng.normal(size=(3, 7, 4, 8)), dtype)
+    counts = (1, 2, 0)
+    key_mask = keras_ops.convert_to_tensor(np.arange(7) < np.array(counts)[:, np.newaxis])
+
+    @backends.jitted
+    def attention(query, key, value, key_mask=None):
+        return ops.attention(query, key, value, member.primal, key_mask=key_mask)
+
+    padded = backends.to_numpy(attention(x, x, x, key_mask))
+    for index, count in enumerate(counts):
+        seen = x[index : index + 1, :count]
+        expected = backends.to_numpy(attention(x[index : index + 1], seen, seen))
+        np.testing.assert_allclose(padded[index : index + 1], expected, atol=2e-2)
+
+
+@LOW
 @every_member_compiled
 @pytest.mark.parametrize("mean", [0.0, 100.0], ids=["centred", "mean_of_100_spreads"])
 def test_error_of_layers(member, mean, dtype):

@@ -179,9 +179,11 @@ def _hide_keys(query, key, value, mask):
 
     Of a mask, the kernel would have an entry for each query and key.
     """
+    mask = ops.transpose(mask, (0, 3, 2, 1))
+    # In float16 their scores could make up for what hides them.
+    key = native.zero_unless(mask, key)
     hidden = ops.where(mask, 0.0, max(NOTHING, float(ml_dtypes.finfo(key.dtype).min) / 2))
-    hidden = cast(ops.transpose(hidden, (0, 3, 2, 1)), key.dtype)
-    hidden = ops.broadcast_to(hidden, (*key.shape[:3], 1))
+    hidden = ops.broadcast_to(cast(hidden, key.dtype), (*key.shape[:3], 1))
     width = key.shape[3] + ALIGNMENT
     query = fit_axis(fit_axis(query, 3, query.shape[3] + 1, fill=1), 3, width)
     key = fit_axis(native.concatenate([key, hidden], axis=-1), 3, width)

@@ -73,8 +73,12 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
         tensors = [x.to(dtype) for x in tensors]
     if mask is not None and mask.dtype == torch.bool:
-        # Not `-inf`, of which a row that sees nothing would make NaN.
-        mask = torch.where(mask, 0.0, max(NOTHING, torch.finfo(dtype).min / 2))
+        hidden = NOTHING
+        if dtype == torch.float16:
+            # Scores may be as low as any number that it holds; what sees nothing is given
+            # everything, lest `-inf` make NaN of it.
+            mask, hidden = mask | ~mask.any(-1, keepdim=True), -torch.inf
+        mask = torch.where(mask, 0.0, hidden)
     mask = mask if mask is None else mask.to(dtype)
     output = functional.scaled_dot_product_attention(
         *[x.transpose(1, 2) for x in tensors], attn_mask=mask, scale=scale, is_causal=is_causal
