@@ -2,16 +2,25 @@
 
 import dataclasses
 import functools
+import itertools
 
 import backends
 import keras
 import numpy as np
 import pytest
 from keras import ops as keras_ops
-from members import FEW, MEMBERS, PAIRS, RANDOM, SEQUENCE_MEMBERS, every_member_compiled
+from members import (
+    FEW,
+    MEMBERS,
+    PAIRS,
+    RANDOM,
+    SEQUENCE_MEMBERS,
+    every_member_compiled,
+    few_where_compiled,
+)
 from test_layers import values
 
-from keras_pdattn import Primal, layers, training_sets
+from keras_pdattn import Primal, layers, training_sets, transforms
 from keras_pdattn.layers import caches
 
 LENGTH = 7
@@ -25,6 +34,12 @@ MASK[2, 5:] = False
 SOME = FEW
 if backends.BACKEND == "torch":
     SOME = list(dict.fromkeys(MEMBERS + [one for one in PAIRS if one.num_axes == 1]))
+
+
+class LooksBackAtAll(transforms.Conv1D):
+    """A user's convolution that does not say how far back it looks."""
+
+    look_back = None
 
 
 def layer_of(member, **arguments):
@@ -109,6 +124,48 @@ def test_steps_give_what_the_whole_sequence_does(member, kind):
         for count in range(LENGTH + 1) if backends.BACKEND == "torch" else (0, 4):
             output = decoded(layer, step, cache, count, mask)
             np.testing.assert_allclose(output[valid], full[valid], rtol=0, atol=atol)
+
+
+CHAINS = {
+    "bn-conv5": ("batch_norm", transforms.Conv1D(5)),
+    "mean-conv5": (transforms.BatchNorm(scale=False), transforms.Conv1D(5)),
+    "conv-conv": ("conv1d", "conv1d"),
+    "conv5-bn-conv": (transforms.Conv1D(5), "batch_norm", "conv1d"),
+    "conv5": (transforms.Conv1D(5),),
+    "all before": ("batch_norm", LooksBackAtAll()),
+}
+
+
+@pytest.mark.parametrize("count", [0, 4])
+@pytest.mark.parametrize("mask", [None, MASK], ids=["all", "padded"])
+@few_where_compiled("transform", CHAINS, ["mean-conv5", "conv-conv"])
+def test_convolutions_behind_what_moves_zero(transform, mask, count):
+    """Queries in front of the first, and padded ones, are zero behind every transform."""
+    layer = layers.PrimalDualAttention(4, 6, primal=Primal(transform=transform))
+    layer.build(X.shape, X.shape)
+    rng = np.random.default_rng(1)
+    layer.set_weights([rng.normal(size=w.shape) / 2 for w in layer.weights])
+
+    def solve(x, query_mask, cache=None, index=None):
+        return layer(
+            x,
+            x,
+            query_mask=query_mask,
+            value_mask=mask,
+            use_causal_mask=True,
+            cache=cache,
+            cache_update_index=index,
+        )
+
+    solve = backends.jitted(solve)
+    full, outputs, cache = values(solve(X, mask)), [], layer.init_cache(3, LENGTH)
+    for start, stop in itertools.pairwise([0, *range(max(count, 1), LENGTH + 1)]):
+        query_mask = None if mask is None else mask[:, start:stop]
+        index = keras_ops.convert_to_tensor(start, dtype="int32")
+        output, cache = solve(X[:, start:stop], query_mask, cache, index)
+        outputs.append(values(output))
+    # Of one or two keys with hardly any spread, rounding moves more.
+    np.testing.assert_allclose(np.concatenate(outputs, axis=1), full, rtol=0, atol=1e-3)
 
 
 @pytest.mark.parametrize("index", [3, "tensor"] if backends.BACKEND == "torch" else ["tensor"])

@@ -200,29 +200,29 @@ class KeyValueCache(Cache):
 
     def _attend_with_queries(self, tokens, queries, solve):
         """As `solve`, for queries that are mixed with the ones before them."""
+        are_tokens = _are_tokens(queries, tokens)
         if self.look_back is None:
             query, start, before = queries, 0, tokens.index
         else:
             before = self.look_back
             start = tokens.index - before
             query = ops.concatenate([_read(queries, start, before), tokens.query], axis=1)
+            position = start + ops.arange(ops.shape(query)[1], dtype="int32")
+            are_tokens = take_along_time(are_tokens, ops.maximum(position, 0)) & (position >= 0)
         mask = tokens.attention_mask
         if mask is not None and mask.shape[-2] != 1:
             shape = list(ops.shape(mask))
             shape[-2] = ops.shape(query)[1]
             where = start_at(before, -2, len(shape))
             mask = ops.slice_update(ops.ones(shape, dtype="bool"), where, mask)
-        query_mask, index = tokens.query_mask, ops.arange(ops.shape(tokens.query)[1], dtype="int32")
+        index = before + ops.arange(ops.shape(tokens.query)[1], dtype="int32")
         output, scores = solve(
             dataclasses.replace(
-                tokens, query=query, index=start, query_mask=None, attention_mask=mask
+                tokens, query=query, index=start, query_mask=are_tokens, attention_mask=mask
             )
         )
-        output = zero_where_masked(take_along_time(output, before + index), query_mask)
-        if scores is not None:
-            by_query = ops.swapaxes(native.take(scores, before + index, axis=2), 1, 2)
-            scores = ops.swapaxes(zero_where_masked(by_query, query_mask), 1, 2)
-        return output, scores
+        scores = scores if scores is None else native.take(scores, index, axis=2)
+        return take_along_time(output, index), scores
 
 
 def _check_room(tokens, length, name):
@@ -260,6 +260,21 @@ def _masks_of_all(tokens, key):
         filled = ops.arange(length, dtype="int32") < tokens.index + ops.shape(tokens.key)[1]
         found.append(ops.broadcast_to(filled, (batch, length)))
     return tuple(found)
+
+
+def _are_tokens(queries, tokens):
+    """Which of `queries`, those of all positions, no query mask leaves out, `(B, S)`.
+
+    Those before `tokens` were zeroed where one did, as masks of keys tell too.
+    """
+    batch, length = ops.shape(queries)[:2]
+    found = ops.ones((batch, length), dtype="bool")
+    if tokens.key_mask is not None:
+        found = ops.logical_or(tokens.key_mask, ops.any(queries != 0, axis=(2, 3)))
+    new = tokens.query_mask
+    if new is None:
+        new = ops.ones((batch, ops.shape(tokens.query)[1]), dtype="bool")
+    return ops.slice_update(found, start_at(tokens.index, 1, 2), new)
 
 
 def _read(x, start, count):
