@@ -100,7 +100,8 @@ def _load(path, samples):
         if isinstance(arrays, np.ndarray)
         else {name: arrays[name] for name in arrays.files}
     )
-    if not all(isinstance(array, np.ndarray) and array.ndim for array in arrays.values()):
+    are_batches = [isinstance(array, np.ndarray) and array.ndim for array in arrays.values()]
+    if not arrays or not all(are_batches):
         raise ValueError(
             f"The data must be a .npy or .npz file of arrays with a batch axis. Received: {path}"
         )

@@ -97,10 +97,12 @@ def test_inspect_several_inputs_and_free_axes(tmp_path, monkeypatch, capsys):
         (["model.keras", "--data", "no.npy"], "There is no such file. Received: .*no.npy"),
         (["model.keras", "--data", "model.keras"], "python -m keras_pdattn: "),
         (["data.npy", "--data", "data.npy"], "python -m keras_pdattn: "),
+        (["model.keras", "--data", "empty.npz"], "with a batch axis. Received: empty.npz"),
     ],
 )
 def test_what_cannot_be_inspected(saved, monkeypatch, arguments, message):
     monkeypatch.chdir(saved[0])
+    np.savez("empty.npz")
     with pytest.raises(SystemExit, match=message):
         cli.main(["inspect", *arguments])
 
