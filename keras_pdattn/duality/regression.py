@@ -138,7 +138,8 @@ def fit(
 
 def _checked(keys, values):
     """Keys `(N, D)` and values `(N, outputs)` as float arrays."""
-    dtype_of("keys", keys), dtype_of("values", values)
+    for name, x in (("keys", keys), ("values", values)):
+        dtype_of(name, x)
     received = f"keys.shape={np.shape(keys)}, values.shape={np.shape(values)}"
     keys, values = np.asarray(keys, "float64"), np.asarray(values, "float64")
     values = values.reshape(-1, 1) if values.ndim == 1 else values

@@ -200,15 +200,13 @@ class KeyValueCache(Cache):
 
     def _attend_with_queries(self, tokens, queries, solve):
         """As `solve`, for queries that are mixed with the ones before them."""
-        are_tokens = _are_tokens(queries, tokens)
         if self.look_back is None:
             query, start, before = queries, 0, tokens.index
         else:
             before = self.look_back
             start = tokens.index - before
             query = ops.concatenate([_read(queries, start, before), tokens.query], axis=1)
-            position = start + ops.arange(ops.shape(query)[1], dtype="int32")
-            are_tokens = take_along_time(are_tokens, ops.maximum(position, 0)) & (position >= 0)
+        query_mask = _mask_of_queries(query, start, before, tokens)
         mask = tokens.attention_mask
         if mask is not None and mask.shape[-2] != 1:
             shape = list(ops.shape(mask))
@@ -218,7 +216,7 @@ class KeyValueCache(Cache):
         index = before + ops.arange(ops.shape(tokens.query)[1], dtype="int32")
         output, scores = solve(
             dataclasses.replace(
-                tokens, query=query, index=start, query_mask=are_tokens, attention_mask=mask
+                tokens, query=query, index=start, query_mask=query_mask, attention_mask=mask
             )
         )
         scores = scores if scores is None else native.take(scores, index, axis=2)
@@ -262,19 +260,20 @@ def _masks_of_all(tokens, key):
     return tuple(found)
 
 
-def _are_tokens(queries, tokens):
-    """Which of `queries`, those of all positions, no query mask leaves out, `(B, S)`.
+def _mask_of_queries(query, start, before, tokens):
+    """The mask of queries from position `start` on, `before` of which come before `tokens`.
 
-    Those before `tokens` were zeroed where one did, as masks of keys tell too.
+    Of those the ones left out by a mask were zeroed, and masks of keys tell padding too.
     """
-    batch, length = ops.shape(queries)[:2]
-    found = ops.ones((batch, length), dtype="bool")
+    (batch, length), (_, count) = (ops.shape(x)[:2] for x in (query, tokens.query))
+    position = start + ops.arange(length, dtype="int32")
+    mask = ops.broadcast_to(position >= 0, (batch, length))
     if tokens.key_mask is not None:
-        found = ops.logical_or(tokens.key_mask, ops.any(queries != 0, axis=(2, 3)))
+        is_key = take_along_time(tokens.key_mask, ops.maximum(position, 0))
+        mask = mask & (is_key | ops.any(query != 0, axis=(2, 3)))
     new = tokens.query_mask
-    if new is None:
-        new = ops.ones((batch, ops.shape(tokens.query)[1]), dtype="bool")
-    return ops.slice_update(found, start_at(tokens.index, 1, 2), new)
+    new = ops.ones((batch, count), dtype="bool") if new is None else new
+    return ops.slice_update(mask, start_at(before, 1, 2), new)
 
 
 def _read(x, start, count):
