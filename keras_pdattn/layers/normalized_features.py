@@ -132,9 +132,13 @@ class NormalizedFeatures(keras.layers.Layer):
         for transform, statistics, weights in zip(
             self.primal.transform, self.statistics, transform_weights
         ):
-            x = transform.apply(x, statistics, weights)
+            x = transform.apply(x, tree.map_structure(_tensor, statistics), weights)
         features = ops.squeeze(self.primal.feature_map.query_features(x, map_weights), axis=2)
         total = ops.sum(features * ops.cast(self.normalizer, features.dtype), -1, keepdims=True)
         # Features that meet no key's are no example's.
         total = ops.where(total == 0, float("inf"), total)
         return ops.cast(features / total, self.compute_dtype)
+
+
+def _tensor(weight):
+    return weight if weight is None else ops.convert_to_tensor(weight)
