@@ -243,6 +243,8 @@ def test_large_inputs_stay_finite(member, is_causal, dtype, largest):
     rng = np.random.default_rng(0)
     for size in np.geomspace(1.0, largest, num=7):
         arrays = [rng.uniform(-size, size, (1, 9, 4, 8)).astype("float32") for _ in range(3)]
+        # Under elu such a key, which the first causal query sees alone, has next to no features.
+        arrays[1][:, 0] = np.minimum(arrays[1][:, 0], -min(size, 95.0))
         low = [keras_ops.cast(keras_ops.convert_to_tensor(x), dtype) for x in arrays]
         for x in outputs_and_scores(*low):
             assert np.isfinite(backends.to_numpy(x)).all(), size
