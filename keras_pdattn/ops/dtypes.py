@@ -1,4 +1,4 @@
-"""Which dtype sums are carried in."""
+"""Which dtype a tensor has, and which sums are carried in."""
 
 import keras
 import numpy as np

@@ -34,5 +34,6 @@ def ratio(part, total):
 
 @ratio.defjvp
 def _change_of_ratio(primals, changes):
-    of_part, of_total = changes
-    return ratio(*primals), (of_part - ratio(*primals) * of_total) / primals[1]
+    (part, total), (of_part, of_total) = primals, changes
+    found = ratio(part, total)
+    return found, (of_part - found * of_total) / total

@@ -273,7 +273,8 @@ def run_length(x):
 def ratio(part, total, *less):
     """`part` less all of `less`, over `total`.
 
-    Of many entries, run eagerly on torch, with fewer passes over gradients, and fewer tensors.
+    Of many entries, run eagerly on torch, with fewer passes over gradients, and fewer tensors. On
+    JAX with gradients that do not divide by the square of `total`.
     """
     if is_eager_torch() and part.numel() >= torch_native.LEAST_ENTRIES:
         return torch_native.run(torch_native.Ratio, part, total, *less)
