@@ -41,6 +41,26 @@ def test_mapped_functions_run_as_they_are_written():
     assert ran == {square.__code__}
 
 
+@pytest.mark.skipif(backends.BACKEND != "torch", reason="others have a mask of their own")
+def test_kernels_of_torch_get_no_row_of_infinity(monkeypatch):
+    """Not all of them would give zero for it, in float16, where nothing less hides a key."""
+    given, attend = [], native.torch_native.functional.scaled_dot_product_attention
+
+    def record(*tensors, attn_mask, **options):
+        given.append(backends.to_numpy(attn_mask))
+        return attend(*tensors, attn_mask=attn_mask, **options)
+
+    monkeypatch.setattr(native.torch_native.functional, "scaled_dot_product_attention", record)
+    x, key_mask = (
+        keras.ops.ones((2, 3, 1, 8), "float16"),
+        np.array([[True, False, True], 3 * [False]]),
+    )
+    output = backends.to_numpy(ops.attention(x, x, x, "softmax", key_mask=key_mask))
+    (mask,) = given
+    np.testing.assert_array_equal(mask[:, 0, 0], [[0, -np.inf, 0], [0, 0, 0]])
+    np.testing.assert_array_equal(output[:, 0, 0, 0], [1, 0])
+
+
 @pytest.mark.parametrize("has_bias", [True, False])
 def test_linear(has_bias):
     x, kernel, bias = normal(2, 3, 4), normal(4, 5, 6), normal(5, 6) if has_bias else None
