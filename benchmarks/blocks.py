@@ -1,4 +1,4 @@
-"""How many weights and rows of weights to hold at once: times of softmax attention in blocks.
+"""How many weights to hold at once, of all heads or of one: times of softmax attention in blocks.
 
 KERAS_BACKEND=jax python -m benchmarks.blocks --lengths 2048 4096
 """
@@ -14,13 +14,13 @@ from benchmarks.compiled import PASSES
 from benchmarks.speed import times
 from keras_pdattn.ops import dual
 
-#: Values of `MOST_WEIGHTS` and `MOST_ROWS`, as exponents of 2.
-SETTINGS = [(20, 11), (21, 11), (22, 10), (22, 11), (22, 12), (23, 11)]
+#: Values of `MOST_WEIGHTS`, `MOST_ROWS` and `MOST_OF_HEAD`, as exponents of 2.
+SETTINGS = [(21, 11, 40), (22, 10, 40), (22, 11, 40), (22, 11, 19), (22, 11, 20), (22, 11, 21)]
 
 
 def step_of(member, which, length, setting):
-    """A pass of a layer, in blocks of so many weights and rows."""
-    dual.MOST_WEIGHTS, dual.MOST_ROWS = (2**exponent for exponent in setting)
+    """A pass of a layer, in blocks of so many weights and rows, and weights of one head."""
+    dual.MOST_WEIGHTS, dual.MOST_ROWS, dual.MOST_OF_HEAD = (2**exponent for exponent in setting)
     x = inputs(length)
     layer = CASES[member].ours()
     layer.build(x.shape, x.shape)
@@ -35,10 +35,14 @@ def main(arguments=None):
     parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    table = Table(title=f"Median milliseconds by weights, rows on {keras.backend.backend()}")
+    title = (
+        f"Median milliseconds by weights, rows, weights of one head on {keras.backend.backend()}"
+    )
+    table = Table(title=title)
     for column in ("member", "pass"):
         table.add_column(column)
-    for column in ("tokens", *(f"2^{weights}, 2^{rows}" for weights, rows in SETTINGS)):
+    exponents = [", ".join(f"2^{exponent}" for exponent in setting) for setting in SETTINGS]
+    for column in ("tokens", *exponents):
         table.add_column(column, justify="right")
     for member in options.members:
         for length in options.lengths:

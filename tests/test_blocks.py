@@ -47,6 +47,19 @@ def small_blocks(monkeypatch):
     monkeypatch.setattr(running_means, "are_faster", lambda *arguments: False)
 
 
+@pytest.fixture
+def heads_apart(small_blocks, monkeypatch):
+    """One head of one sequence after the other, in such blocks."""
+    monkeypatch.setattr(dual, "takes_heads_apart", lambda length, num_examples: True)
+    monkeypatch.setattr(dual, "MOST_OF_HEAD", 1)
+
+
+def in_small_blocks(form, request):
+    """The `form` to ask for, where blocks take 8 queries; "heads apart" are in blocks."""
+    request.getfixturevalue("heads_apart" if form == "heads apart" else "small_blocks")
+    return "blocks" if form == "heads apart" else form
+
+
 def masks_of(kind, query_length, key_length):
     rng = np.random.default_rng(2)
     if kind == "padded":
@@ -57,6 +70,9 @@ def masks_of(kind, query_length, key_length):
         return {"mask": rng.random((2, 1, query_length, key_length)) < 0.8}
     if kind == "by head":
         return {"mask": rng.random((1, 2, query_length, key_length)) < 0.8}
+    if kind == "all":
+        mask = rng.random((2, 2, query_length, key_length)) < 0.8
+        return {**masks_of("padded", query_length, key_length), "mask": mask}
     return {}
 
 
@@ -76,6 +92,19 @@ def test_blocks_are_the_whole(small_blocks, primal, is_causal, kind):
     )
     # A prefix of one key has no spread, and gradients of batch norm of a thousand.
     check_same(blocks, whole, tolerance=5e-5)
+
+
+@pytest.mark.parametrize("kind", ["all", *KINDS][: 5 if backends.BACKEND == "torch" else 1])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+@pytest.mark.parametrize("primal", DUAL, ids=lambda primal: str(primal)[:60])
+def test_heads_apart_are_the_whole(heads_apart, primal, is_causal, kind):
+    """Outputs and gradients, where sequences and heads differ in all that limits queries."""
+    inputs = arrays(21, 18, batch=2)
+    options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
+    whole, apart = (
+        value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", "blocks")
+    )
+    check_same(apart, whole, tolerance=5e-5)
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 64])
@@ -426,6 +455,16 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
         size = dual.block_size(1, 8, num_examples)
         assert dual.LEAST_BLOCK <= size <= dual.MOST_ROWS // 8
         assert math.log2(size).is_integer()
+    # A head that fills blocks alone takes as many weights at once, whatever others there are.
+    is_apart = backends.BACKEND != "torch"
+    monkeypatch.setattr(native, "runs_on_gpu", lambda: False)
+    assert dual.takes_heads_apart(1024, 1024) is is_apart
+    assert not dual.takes_heads_apart(1024, 1023)
+    assert not dual.takes_heads_apart(None, 4096)
+    assert not dual.takes_heads_apart(4096, None)
+    assert [dual.block_of_head(size) for size in (1024, 2048, 3000, 2**20)] == [1024, 512, 256, 32]
+    monkeypatch.setattr(native, "runs_on_gpu", lambda: True)
+    assert not dual.takes_heads_apart(4096, 4096)
     # Fewer heads take more queries at once, and more sequences fewer.
     assert dual.block_size(1, 2, 64) == 4 * dual.block_size(1, 8, 64)
     assert dual.block_size(64, 8, 512) < dual.block_size(1, 8, 512)
@@ -504,9 +543,10 @@ def attend_with_dropout(inputs, form, seed):
     return backends.to_numpy(attention(*inputs))
 
 
-@pytest.mark.parametrize("form", ["whole", "blocks"])
-def test_dropout_of_weights(small_blocks, form):
+@pytest.mark.parametrize("form", ["whole", "blocks", "heads apart"])
+def test_dropout_of_weights(form, request):
     """Of the stated share, unbiased, of each block anew, and the same for the same seed."""
+    form = in_small_blocks(form, request)
     query, key, _ = arrays(64, heads=4)
     # With equal weights and one-hot values an output tells which weights were kept.
     inputs = [0 * query, 0 * key, np.broadcast_to(np.eye(64)[None, :, None], (1, 64, 4, 64))]
@@ -534,10 +574,11 @@ def test_no_head_or_block_drops_what_another_does(primal):
     assert np.abs(output[:, 16:32] - output[:, 32:]).max() > 0.1
 
 
-@pytest.mark.parametrize("form", ["whole", "blocks"])
+@pytest.mark.parametrize("form", ["whole", "blocks", "heads apart"])
 @pytest.mark.parametrize("seed", [3, None], ids=["seeded", "unseeded"])
-def test_the_gradient_drops_what_the_output_did(small_blocks, form, seed):
+def test_the_gradient_drops_what_the_output_did(form, seed, request):
     """The output is linear in the values: their gradient gives it back."""
+    form = in_small_blocks(form, request)
     query, key, value = arrays(24, heads=2)
     if seed is None:
         # As layers have them, drawn anew at each call: the two below are one call.

@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.blocks import map_blocks
+from keras_pdattn.ops.blocks import map_blocks, map_heads
 from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, share, weighted_sums
@@ -18,6 +18,9 @@ from keras_pdattn.ops.windows import banded_attention
 #: `benchmarks/blocks.py`.
 MOST_WEIGHTS, MOST_ROWS = 2**22, 2**11
 LEAST_BLOCK = 32
+#: How many weights of one head at once: if a head has as many, XLA on a CPU is faster with one
+#: after the other, whose weights stay in its caches.
+MOST_OF_HEAD = 2**20
 #: Up to how many weights of one sequence are written down whole, even if blocks would be smaller.
 MOST_WHOLE = 2**21
 #: How many times as many there may be on a GPU, which small blocks would leave idle.
@@ -84,7 +87,7 @@ class Operands:
         return weigh(products, log_scale, visible)
 
     def weighted_values(self, weights, total, dropout=None):
-        """Values weighted by weights over their total, `(B, H, T, Dv)`."""
+        """Sums of values, `(B, H, T, Dv)`, and what is yet to share them; see `weighted_sums`."""
 
         def multiply(weights):
             if self.own_key is None:
@@ -152,7 +155,7 @@ def dual_attention(query, examples, weigh, dropout=None, return_weights=True, fo
         output = _attend_in_blocks(operands, examples, weigh, dropout)
         return cast(swap_heads_and_time(output), dtype), None, None
     weights, total = operands.weigh(examples, weigh)
-    output = operands.weighted_values(weights, total, dropout)
+    output = share(*operands.weighted_values(weights, total, dropout))
     output = cast(swap_heads_and_time(output), dtype)
     if not return_weights:
         return output, None, None
@@ -164,6 +167,24 @@ def dual_attention(query, examples, weigh, dropout=None, return_weights=True, fo
 
 def _attend_in_blocks(operands, examples, weigh, dropout):
     """The output, `(B, H, T, Dv)`, for one block of queries after the other."""
+    batch, num_heads, length, _ = operands.query.shape
+    num_examples = operands.key.shape[2]
+    if not takes_heads_apart(length, num_examples):
+        block = block_size(batch, num_heads, num_examples)
+        return _attend_block_by_block(operands, examples, weigh, dropout, block)
+    block = block_of_head(num_examples)
+
+    def attend(tensors, sequence, head):
+        # Blocks of a head come one after the other, as seeds of dropout do.
+        first = (sequence * num_heads + head) * -(-length // block)
+        its_dropout = None if dropout is None else dropout.of_block(first)
+        its_examples = examples.of_head(sequence, head)
+        return _attend_block_by_block(Operands(**tensors), its_examples, weigh, its_dropout, block)
+
+    return map_heads(attend, operands.tensors())
+
+
+def _attend_block_by_block(operands, examples, weigh, dropout, block):
     tensors = operands.tensors()
     by_query = {name: (tensors.pop(name), 2) for name in Operands.OF_QUERIES if name in tensors}
     names = (*tensors, *by_query)
@@ -176,8 +197,21 @@ def _attend_in_blocks(operands, examples, weigh, dropout):
         return of_block.weighted_values(weights, total, its_dropout)
 
     length = ops.shape(operands.query)[2]
-    block = block_size(*operands.query.shape[:2], operands.key.shape[2])
-    return map_blocks(attend, tensors, by_query, length, block)
+    # Divided here, sums need not be worked again for the gradient of their total.
+    return share(*map_blocks(attend, tensors, by_query, length, block))
+
+
+def takes_heads_apart(length, num_examples):
+    """Whether one head after the other is worked, as one fills blocks that are large enough."""
+    if native.IS_TORCH or native.runs_on_gpu():
+        return False
+    is_known = isinstance(length, int) and isinstance(num_examples, int)
+    return is_known and length * num_examples >= MOST_OF_HEAD
+
+
+def block_of_head(num_examples):
+    """How many queries of one head share a block: a power of two."""
+    return _power_of_two(MOST_OF_HEAD // num_examples)
 
 
 def block_size(batch, num_heads, num_examples):
@@ -187,6 +221,11 @@ def block_size(batch, num_heads, num_examples):
     of_query = num_examples if isinstance(num_examples, int) else times * MOST_WEIGHTS
     of_query *= _all_heads(batch, num_heads)
     most = min(times * MOST_WEIGHTS // max(of_query, 1), times * MOST_ROWS // num_heads)
+    return _power_of_two(most)
+
+
+def _power_of_two(most):
+    """The last one up to `most`, but at least `LEAST_BLOCK`."""
     return 2 ** (max(most, LEAST_BLOCK).bit_length() - 1)
 
 

@@ -13,6 +13,8 @@ from keras_pdattn.ops.indexing import (
     is_at_most,
     join_axes,
     take_along_time,
+    take_head,
+    take_one,
     zero_where_masked,
 )
 from keras_pdattn.ops.records import replace
@@ -279,6 +281,17 @@ class Examples:
             )
         return replace(self, **changes)
 
+    def of_head(self, sequence, head):
+        """The examples as one head of one sequence sees them, integer scalars."""
+        changes = _of_head(self, sequence, head)
+        if self.limit is not None and len(self.limit.shape) == 2:
+            changes["limit"] = take_one(self.limit, sequence, 0)
+        if self.window is not None:
+            changes["window"] = self.window.of_sequence(sequence)
+        if self.own is not None:
+            changes["own"] = replace(self.own, **_of_head(self.own, sequence, head))
+        return replace(self, **changes)
+
     def of_block(self, block):
         """The examples as a block of queries, a slice, sees them; causally up to the last one."""
         pieces = {
@@ -361,3 +374,11 @@ class OwnExample:
         """Boolean broadcastable to `(B, H, T)`; or `None`."""
         padding = None if self.mask is None else masks.by_head(self.mask)
         return masks.intersect(padding, self.visible)
+
+
+def _of_head(examples, sequence, head):
+    """`mask` and `visible` of examples, or of own ones, as one head of one sequence has them."""
+    return {
+        "mask": take_head(examples.mask, sequence, head, 2),
+        "visible": take_head(examples.visible, sequence, head, 1),
+    }

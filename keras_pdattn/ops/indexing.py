@@ -18,6 +18,24 @@ def take_along_time(x, index):
     return native.take_along_axis(x, append_axes(index, len(x.shape) - 2), axis=1)
 
 
+def take_one(x, index, axis):
+    """`x` with its entry at `index`, an integer scalar, alone along an axis; if only one, that."""
+    if x.shape[axis] == 1:
+        return x
+    return native.take(x, ops.reshape(index, (1,)), axis)
+
+
+def take_head(x, sequence, head, axis):
+    """`take_one` of sequences, along axis 0, and of heads, along `axis` if there is that one.
+
+    `x` may be `None`.
+    """
+    if x is None:
+        return None
+    x = take_one(x, sequence, 0)
+    return take_one(x, head, axis) if axis < len(x.shape) else x
+
+
 def start_at(index, axis, rank):
     """Where a slice of `rank` axes starts: at `index` along `axis`, at 0 along others.
 

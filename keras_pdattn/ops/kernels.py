@@ -31,7 +31,8 @@ def masked_softmax(logits, log_scale=None, visible=None):
         weights, total = _softmax(logits), None
     if visible is not None:
         sighted = ops.any(visible, axis=-1, keepdims=True)
-        total = ops.where(sighted, 1.0 if total is None else total, float("inf"))
+        total = ops.ones_like(weights[..., :1]) if total is None else total
+        total = ops.where(sighted, total, float("inf"))
         total = ops.cast(total, logits.dtype)
     return weights, total
 
@@ -54,13 +55,13 @@ def masked_kernel(kernel, log_scale=None, visible=None):
     return kernel, ops.sum(kernel, axis=-1, keepdims=True)
 
 
-def share(part, total):
+def share(part, total=None):
     """`part / total`; `part` itself where the total is nothing, as `part` is then, or `None`."""
     return part if total is None else native.ratio(part, native.one_for_less(total, LEAST_TOTAL))
 
 
 def weighted_sums(weights, total, dropout, multiply, dtype):
-    """Sums of values times weights, over the sum of all weights.
+    """Sums of values times weights, and what is yet to `share` them.
 
     Args:
         weights: tensor `(..., queries, examples)`.
@@ -68,12 +69,16 @@ def weighted_sums(weights, total, dropout, multiply, dtype):
         dropout: function that drops entries of a tensor, or `None`.
         multiply: function from weights to the sums of values that these weigh.
         dtype: that of the values.
+
+    Returns:
+        A pair of the sums and their total; of the sums alone if these need none.
     """
     if accumulator(dtype) != keras.backend.standardize_dtype(dtype):
         # Sums of what is not normalised may be beyond the range of 16 bits.
         weights, total = share(weights, total), None
     kept = weights if dropout is None else dropout(weights)
-    return share(multiply(cast(kept, dtype)), total)
+    sums = multiply(cast(kept, dtype))
+    return (sums,) if total is None else (sums, total)
 
 
 def for_products(x):

@@ -20,6 +20,7 @@ from keras_pdattn.ops.indexing import (
     overlapping,
     split_axis,
     take_along_time,
+    take_one,
     to_grid,
 )
 from keras_pdattn.ops.records import replace
@@ -70,6 +71,13 @@ class Window:
         """The window over the first `count` keys."""
         length = min(count, self.key_length)
         return replace(self, key_length=length, valid=self.valid[:, :count])
+
+    def of_sequence(self, index):
+        """The window over the keys of one sequence, an integer scalar."""
+        changes = {"valid": take_one(self.valid, index, 0)}
+        if len(self.position.shape) == 2:
+            changes["position"] = take_one(self.position, index, 0)
+        return replace(self, **changes)
 
     def visibility(self):
         """Boolean `(B or 1, 1, T, S)`: which query is near which key, or either is global."""
