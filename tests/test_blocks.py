@@ -51,7 +51,8 @@ def small_blocks(monkeypatch):
 def heads_apart(small_blocks, monkeypatch):
     """One head of one sequence after the other, in such blocks."""
     monkeypatch.setattr(dual, "takes_heads_apart", lambda length, num_examples: True)
-    monkeypatch.setattr(dual, "MOST_OF_HEAD", 1)
+    monkeypatch.setattr(dual, "MOST_OF_HEAD", 0)
+    monkeypatch.setattr(dual, "LEAST_OF_HEAD", 8)
 
 
 def in_small_blocks(form, request):
@@ -462,7 +463,7 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     assert not dual.takes_heads_apart(1024, 1023)
     assert not dual.takes_heads_apart(None, 4096)
     assert not dual.takes_heads_apart(4096, None)
-    assert [dual.block_of_head(size) for size in (1024, 2048, 3000, 2**20)] == [1024, 512, 256, 32]
+    assert [dual.block_of_head(size) for size in (1024, 2048, 3000, 2**20)] == [1024, 512, 256, 64]
     monkeypatch.setattr(native, "runs_on_gpu", lambda: True)
     assert not dual.takes_heads_apart(4096, 4096)
     # Fewer heads take more queries at once, and more sequences fewer.

@@ -18,9 +18,9 @@ from keras_pdattn.ops.windows import banded_attention
 #: `benchmarks/blocks.py`.
 MOST_WEIGHTS, MOST_ROWS = 2**22, 2**11
 LEAST_BLOCK = 32
-#: How many weights of one head at once: if a head has as many, XLA on a CPU is faster with one
-#: after the other, whose weights stay in its caches.
-MOST_OF_HEAD = 2**20
+#: How many weights of one head at once, and the least queries: if a head has as many weights, XLA
+#: on a CPU is faster with one after the other, whose weights stay in its caches.
+MOST_OF_HEAD, LEAST_OF_HEAD = 2**20, 64
 #: Up to how many weights of one sequence are written down whole, even if blocks would be smaller.
 MOST_WHOLE = 2**21
 #: How many times as many there may be on a GPU, which small blocks would leave idle.
@@ -211,7 +211,7 @@ def takes_heads_apart(length, num_examples):
 
 def block_of_head(num_examples):
     """How many queries of one head share a block: a power of two."""
-    return _power_of_two(MOST_OF_HEAD // num_examples)
+    return _power_of_two(max(MOST_OF_HEAD // num_examples, LEAST_OF_HEAD))
 
 
 def block_size(batch, num_heads, num_examples):
@@ -221,12 +221,12 @@ def block_size(batch, num_heads, num_examples):
     of_query = num_examples if isinstance(num_examples, int) else times * MOST_WEIGHTS
     of_query *= _all_heads(batch, num_heads)
     most = min(times * MOST_WEIGHTS // max(of_query, 1), times * MOST_ROWS // num_heads)
-    return _power_of_two(most)
+    return _power_of_two(max(most, LEAST_BLOCK))
 
 
 def _power_of_two(most):
-    """The last one up to `most`, but at least `LEAST_BLOCK`."""
-    return 2 ** (max(most, LEAST_BLOCK).bit_length() - 1)
+    """The last one up to `most`."""
+    return 2 ** (most.bit_length() - 1)
 
 
 def dual_form(query_shape, num_examples):
