@@ -108,6 +108,37 @@ def test_heads_apart_are_the_whole(heads_apart, primal, is_causal, kind):
     check_same(apart, whole, tolerance=5e-5)
 
 
+@pytest.mark.parametrize("lengths", [(41, 36), (36, 41)], ids=str)
+@pytest.mark.parametrize("primal", DUAL, ids=lambda primal: str(primal)[:60])
+def test_causal_pieces_are_the_whole(small_blocks, monkeypatch, primal, lengths):
+    """Outputs and gradients; the last piece is ragged, the last queries may be behind all keys."""
+    monkeypatch.setattr(dual, "LEAST_PIECE", 18)
+    inputs = arrays(*lengths, batch=2)
+    options = {"is_causal": True, **masks_of("all", *lengths)}
+    whole, pieces = (
+        value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", "blocks")
+    )
+    check_same(pieces, whole, tolerance=5e-5)
+
+
+def test_causal_pieces(monkeypatch):
+    """Of long causal queries; a piece is not cut again."""
+    monkeypatch.setattr(dual, "LEAST_PIECE", 10)
+    key = np.zeros((1, 50, 2, 4), "float32")
+
+    def pieces(length, *arguments):
+        return dual.causal_pieces(length, Examples.keys(key, key, length, *arguments))
+
+    assert len(pieces(19, True)) == 1
+    assert pieces(21, True) == [slice(0, 11), slice(11, 21)]
+    assert len(pieces(10**6, True)) == dual.MOST_PIECES
+    assert not pieces(50, False)
+    assert not pieces(50, True, 7)
+    examples = Examples.keys(key, key, 50, True).of_block(slice(20, 40))
+    assert examples.key.shape[1] == 40
+    assert not dual.causal_pieces(20, examples)
+
+
 @pytest.mark.parametrize("length", [1, 7, 8, 9, 64])
 def test_blocks_of_any_length(small_blocks, length):
     inputs = arrays(length, batch=2)
@@ -542,6 +573,16 @@ def attend_with_dropout(inputs, form, seed):
         return ops.attention(*tensors, "softmax", form=form, dropout=RATE, seed=seed)
 
     return backends.to_numpy(attention(*inputs))
+
+
+def test_no_piece_drops_what_another_does(small_blocks, monkeypatch):
+    monkeypatch.setattr(dual, "LEAST_PIECE", 24)
+    ones = np.ones((1, 48, 2, 4), "float32")
+    options = {"is_causal": True, "form": "blocks", "dropout": RATE, "seed": 3}
+    query = np.concatenate([ones[:, :24], ones[:, :24]], axis=1)
+    # Of few keys each query sees all: what differs is what is dropped.
+    output = backends.to_numpy(ops.attention(query, ones[:, :1], ones[:, :1], "softmax", **options))
+    assert np.abs(output[:, :24] - output[:, 24:]).max() > 0.1
 
 
 @pytest.mark.parametrize("form", ["whole", "blocks", "heads apart"])

@@ -33,9 +33,16 @@ class Dropout:
 
     def of_block(self, index):
         """The dropout of a block of queries."""
+        return self._moved(index, [_STRIDE, 0])
+
+    def of_piece(self, index):
+        """The dropout of a piece of queries, which have blocks of their own."""
+        return self._moved(index, [0, _STRIDE])
+
+    def _moved(self, index, stride):
         if not isinstance(self.seed, _Given):
             return self
-        stride = ops.convert_to_tensor([_STRIDE, 0], dtype=self.seed.value.dtype)
+        stride = ops.convert_to_tensor(stride, dtype=self.seed.value.dtype)
         return type(self)(
             self.rate, _Given(self.seed.value + ops.cast(index, stride.dtype) * stride)
         )

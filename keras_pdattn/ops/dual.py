@@ -21,6 +21,8 @@ LEAST_BLOCK = 32
 #: How many weights of one head at once, and the least queries: if a head has as many weights, XLA
 #: on a CPU is faster with one after the other, whose weights stay in its caches.
 MOST_OF_HEAD, LEAST_OF_HEAD = 2**20, 64
+#: Into how many pieces causal queries are cut at most, and how many queries make one at least.
+MOST_PIECES, LEAST_PIECE = 4, 1024
 #: Up to how many weights of one sequence are written down whole, even if blocks would be smaller.
 MOST_WHOLE = 2**21
 #: How many times as many there may be on a GPU, which small blocks would leave idle.
@@ -148,10 +150,14 @@ def dual_attention(query, examples, weigh, dropout=None, return_weights=True, fo
             return dual_attention(query, examples, weigh, dropout, False, form="whole")[0]
 
         return banded_attention(query, examples, attend), None, None
+    form = form or dual_form(query.shape, examples.key.shape[1])
+    in_blocks = form == "blocks" and not return_weights
+    pieces = causal_pieces(query.shape[1], examples) if in_blocks else []
+    if len(pieces) > 1:
+        return _attend_in_pieces(query, examples, weigh, dropout, pieces), None, None
     dtype = examples.value.dtype
     operands = Operands.of(query, examples)
-    form = form or dual_form(query.shape, examples.key.shape[1])
-    if form == "blocks" and not return_weights:
+    if in_blocks:
         output = _attend_in_blocks(operands, examples, weigh, dropout)
         return cast(swap_heads_and_time(output), dtype), None, None
     weights, total = operands.weigh(examples, weigh)
@@ -163,6 +169,30 @@ def dual_attention(query, examples, weigh, dropout=None, return_weights=True, fo
     if examples.own is None:
         return output, weights, None
     return output, weights[..., :-1], weights[..., -1]
+
+
+def causal_pieces(length, examples):
+    """Slices of causal queries that each get the examples up to the last of them alone.
+
+    A loop over blocks takes the same examples for all: so fewer pairs are looked at that nobody
+    sees. Each piece takes a compiler its time.
+    """
+    if not (examples.is_causal and examples.query_start is None and isinstance(length, int)):
+        return []
+    count = min(MOST_PIECES, max(length // LEAST_PIECE, 1))
+    size = -(-length // count)
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _attend_in_pieces(query, examples, weigh, dropout, pieces):
+    outputs = []
+    for index, piece in enumerate(pieces):
+        its_query, its_examples = query[:, piece], examples.of_block(piece)
+        its_dropout = None if dropout is None else dropout.of_piece(index)
+        form = dual_form(its_query.shape, its_examples.key.shape[1])
+        output, _, _ = dual_attention(its_query, its_examples, weigh, its_dropout, False, form)
+        outputs.append(output)
+    return native.concatenate(outputs, axis=1)
 
 
 def _attend_in_blocks(operands, examples, weigh, dropout):

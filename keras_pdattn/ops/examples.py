@@ -300,10 +300,14 @@ class Examples:
         examples = self.of_queries(pieces)
         if self.is_causal and self.query_start is None:
             examples = examples.first(-(-block.stop // self.stride))
+            examples = replace(examples, query_start=block.start, is_triangular=False)
         if self.own is None:
             return examples
         key, value = self.own.key[:, block], self.own.value[:, block]
-        own = replace(examples.own, key=key, value=value)
+        log_scale = self.own.log_scale
+        if log_scale is not None:
+            log_scale = log_scale[:, block]
+        own = replace(examples.own, key=key, value=value, log_scale=log_scale)
         return replace(examples, own=own)
 
     def first(self, count):
@@ -313,6 +317,8 @@ class Examples:
             changes["mask"] = self.mask[:, :count]
         if self.visible is not None:
             changes["visible"] = self.visible[..., :count]
+        if self.log_scale is not None:
+            changes["log_scale"] = self.log_scale[:, :count]
         if self.window is not None:
             changes["window"] = self.window.first(count)
         return replace(self, **changes)
