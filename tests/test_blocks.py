@@ -83,13 +83,10 @@ IS_QUICK = backends.BACKEND == "torch"
 KINDS = ["padded", "by head", "plain", "masked"][: 4 if IS_QUICK else 2]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
-@pytest.mark.parametrize("primal", DUAL, ids=lambda primal: str(primal)[:60])
-def test_blocks_are_the_whole(small_blocks, primal, is_causal, kind):
-    """Outputs and gradients, whatever limits each query; the last block is ragged."""
-    inputs = arrays(21, 18, batch=2)
-    options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
+def check_blocks(primal, lengths, is_causal, kind):
+    """Blocks give the outputs and the gradients of the whole."""
+    inputs = arrays(*lengths, batch=2)
+    options = {"is_causal": is_causal, **masks_of(kind, *lengths)}
     whole, blocks = (
         value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", "blocks")
     )
@@ -97,17 +94,20 @@ def test_blocks_are_the_whole(small_blocks, primal, is_causal, kind):
     check_same(blocks, whole, tolerance=5e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+@pytest.mark.parametrize("primal", DUAL, ids=lambda primal: str(primal)[:60])
+def test_blocks_are_the_whole(small_blocks, primal, is_causal, kind):
+    """Outputs and gradients, whatever limits each query; the last block is ragged."""
+    check_blocks(primal, (21, 18), is_causal, kind)
+
+
 @pytest.mark.parametrize("kind", ["all", *KINDS][: 5 if IS_QUICK else 1])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
 @pytest.mark.parametrize("primal", DUAL, ids=lambda primal: str(primal)[:60])
 def test_heads_apart_are_the_whole(heads_apart, primal, is_causal, kind):
     """Outputs and gradients, where sequences and heads differ in all that limits queries."""
-    inputs = arrays(21, 18, batch=2)
-    options = {"is_causal": is_causal, **masks_of(kind, 21, 18)}
-    whole, apart = (
-        value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", "blocks")
-    )
-    check_same(apart, whole, tolerance=5e-5)
+    check_blocks(primal, (21, 18), is_causal, kind)
 
 
 @pytest.mark.parametrize("lengths", [(41, 36), (36, 41)][:: 1 if IS_QUICK else 2], ids=str)
@@ -115,12 +115,7 @@ def test_heads_apart_are_the_whole(heads_apart, primal, is_causal, kind):
 def test_causal_pieces_are_the_whole(small_blocks, monkeypatch, primal, lengths):
     """Outputs and gradients; the last piece is ragged, the last queries may be behind all keys."""
     monkeypatch.setattr(dual, "LEAST_PIECE", 18)
-    inputs = arrays(*lengths, batch=2)
-    options = {"is_causal": True, **masks_of("all", *lengths)}
-    whole, pieces = (
-        value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", "blocks")
-    )
-    check_same(pieces, whole, tolerance=5e-5)
+    check_blocks(primal, lengths, True, "all")
 
 
 def test_causal_pieces(monkeypatch):

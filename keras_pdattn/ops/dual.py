@@ -8,14 +8,14 @@ from keras import ops
 from keras_pdattn.ops import native
 from keras_pdattn.ops.blocks import map_blocks, map_heads
 from keras_pdattn.ops.dtypes import cast, widen
-from keras_pdattn.ops.indexing import swap_heads_and_time
+from keras_pdattn.ops.indexing import slices, swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, share, weighted_sums
 from keras_pdattn.ops.records import replace
 from keras_pdattn.ops.windows import banded_attention
 
 #: Up to how many weights are held at once, those of all heads and sequences; how many rows of
-#: them, those of one sequence; and the least queries that share a block. Chosen by
-#: `benchmarks/blocks.py`.
+#: them, those of one sequence; and the least queries that share a block. These and the next are
+#: what `benchmarks/blocks.py` measures.
 MOST_WEIGHTS, MOST_ROWS = 2**22, 2**11
 LEAST_BLOCK = 32
 #: How many weights of one head at once, and the least queries: if a head has as many weights, XLA
@@ -180,8 +180,7 @@ def causal_pieces(length, examples):
     if not (examples.is_causal and examples.query_start is None and isinstance(length, int)):
         return []
     count = min(MOST_PIECES, max(length // LEAST_PIECE, 1))
-    size = -(-length // count)
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+    return slices(length, -(-length // count))
 
 
 def _attend_in_pieces(query, examples, weigh, dropout, pieces):

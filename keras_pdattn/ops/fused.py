@@ -16,6 +16,7 @@ from keras_pdattn.ops.indexing import (
     even,
     fit_axis,
     lead_with_zero,
+    slices,
     swap_heads_and_time,
 )
 from keras_pdattn.ops.kernels import for_products, in_output_layout
@@ -221,8 +222,7 @@ def _in_causal_blocks(query, examples, scale):
     if length <= size:
         return _attend_block(query, examples, slice(0, length), scale)
     attend, outputs = keras.remat(_attend_block), []
-    for start in range(0, length, size):
-        block = slice(start, min(start + size, length))
+    for block in slices(length, size):
         outputs.append(attend(query[:, block], examples, block, scale))
     return native.concatenate(outputs, axis=1)
 

@@ -46,6 +46,11 @@ def start_at(index, axis, rank):
     return tuple(starts)
 
 
+def slices(length, size):
+    """Slices of `size` that make up `length`, the last one shorter if need be."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 def append_axes(x, count):
     """Appends `count` axes of size one to `x`."""
     if native.IS_TORCH:
