@@ -17,7 +17,7 @@ from test_forms import arrays, check_same, value_and_gradients
 
 from keras_pdattn import Primal, analysis, feature_maps, layers, ops, primals
 from keras_pdattn.layers import projections
-from keras_pdattn.ops import dual, fused, native, running_means, states
+from keras_pdattn.ops import dual, fused, kernels, native, running_means, states
 from keras_pdattn.ops.examples import Examples, OwnExample
 from keras_pdattn.training_sets import AllKeys, ScaledHeads, SlidingWindow, TrainingSet
 from keras_pdattn.transforms import BatchNorm, Transform
@@ -61,7 +61,7 @@ def in_small_blocks(form, request):
     return "blocks" if form == "heads apart" else form
 
 
-def masks_of(kind, query_length, key_length):
+def masks_of(kind, query_length, key_length, heads=2):
     rng = np.random.default_rng(2)
     if kind == "padded":
         key_mask = rng.random((2, key_length)) < 0.7
@@ -70,9 +70,11 @@ def masks_of(kind, query_length, key_length):
     if kind == "masked":
         return {"mask": rng.random((2, 1, query_length, key_length)) < 0.8}
     if kind == "by head":
-        return {"mask": rng.random((1, 2, query_length, key_length)) < 0.8}
+        return {"mask": rng.random((1, heads, query_length, key_length)) < 0.8}
+    if kind == "for all queries":
+        return {"mask": rng.random((2, heads, 1, key_length)) < 0.8}
     if kind == "all":
-        mask = rng.random((2, 2, query_length, key_length)) < 0.8
+        mask = rng.random((2, heads, query_length, key_length)) < 0.8
         return {**masks_of("padded", query_length, key_length), "mask": mask}
     return {}
 
@@ -83,10 +85,10 @@ IS_QUICK = backends.BACKEND == "torch"
 KINDS = ["padded", "by head", "plain", "masked"][: 4 if IS_QUICK else 2]
 
 
-def check_blocks(primal, lengths, is_causal, kind):
+def check_blocks(primal, lengths, is_causal, kind, heads=2):
     """Blocks give the outputs and the gradients of the whole."""
-    inputs = arrays(*lengths, batch=2)
-    options = {"is_causal": is_causal, **masks_of(kind, *lengths)}
+    inputs = arrays(*lengths, heads, batch=2)
+    options = {"is_causal": is_causal, **masks_of(kind, *lengths, heads)}
     whole, blocks = (
         value_and_gradients(primal, inputs, form=form, **options) for form in ("whole", "blocks")
     )
@@ -108,6 +110,103 @@ def test_blocks_are_the_whole(small_blocks, primal, is_causal, kind):
 def test_heads_apart_are_the_whole(heads_apart, primal, is_causal, kind):
     """Outputs and gradients, where sequences and heads differ in all that limits queries."""
     check_blocks(primal, (21, 18), is_causal, kind)
+
+
+@pytest.mark.parametrize("kind", ["by head", "masked", "for all queries"])
+def test_heads_apart_with_masks_of_any_shape(heads_apart, kind):
+    """And with several heads in a group."""
+    check_blocks(OWN, (21, 18), True, kind, heads=4)
+
+
+@pytest.mark.skipif(backends.BACKEND != "jax", reason="only JAX shows what a loop keeps")
+def test_heads_apart_keep_one_mask(heads_apart):
+    """For the backward pass: that of each sequence, not one for each head."""
+    inputs = arrays(48, heads=4, batch=2)
+
+    def loss(*tensors):
+        mask = keras.ops.ones((2, 1, 48, 48), dtype="bool")
+        return keras.ops.sum(ops.attention(*tensors, "softmax", mask=mask, form="blocks"))
+
+    assert largest_on_jax(loss, inputs) == 2 * 48 * 48
+
+
+@pytest.mark.parametrize("form", ["blocks", "heads apart"])
+@pytest.mark.parametrize("primal", DUAL[:3], ids=lambda primal: str(primal)[:60])
+def test_blocks_in_a_compiled_step(form, primal, request, monkeypatch):
+    """As `fit` compiles them, with padding, causal pieces and lengths that are known."""
+    weights = []
+    x = np.random.default_rng(0).normal(size=(2, 41, 6)).astype("float32")
+    x[1, 33:] = 0
+    for is_whole in (True, False):
+        if not is_whole:
+            in_small_blocks(form, request)
+            monkeypatch.setattr(dual, "LEAST_PIECE", 18)
+            monkeypatch.setattr(fused, "is_fastest", lambda query, examples: False)
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((41, 6))
+        masked = keras.layers.Masking()(inputs)
+        layer = layers.PrimalDualAttention(2, 4, primal=primal)
+        model = keras.Model(inputs, layer(masked, masked, use_causal_mask=True))
+        model.compile(keras.optimizers.SGD(1.0), "mse", jit_compile=backends.BACKEND != "torch")
+        model.fit(x, np.ones((2, 41, 6)), verbose=0)
+        weights.append(model.get_weights())
+    for one, other in zip(*weights):
+        assert_close(one, other, 1e-5)
+
+
+@pytest.mark.parametrize("form", ["blocks", "heads apart"])
+@pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
+def test_no_queries_in_blocks(form, is_causal, request):
+    form = in_small_blocks(form, request)
+    x = np.ones((1, 5, 2, 4), "float32")
+    for query, key in ((x[:, :0], x), (x, x[:, :0]), (x[:0], x[:0])):
+        output = ops.attention(query, key, key, "softmax", is_causal=is_causal, form=form)
+        assert output.shape == query.shape
+        assert not backends.to_numpy(output).any()
+
+
+def test_pieces_of_keys_of_unknown_length(small_blocks, monkeypatch):
+    """Of causal queries in a window that a mask keeps from bands."""
+    monkeypatch.setattr(dual, "LEAST_PIECE", 18)
+    primal = Primal(training_set=SlidingWindow(9))
+    query, key, _ = arrays(41, 36)
+    mask = masks_of("masked", 41, 36)["mask"][:1]
+
+    def attend(query, key, mask):
+        return ops.attention(query, key, key, primal, mask=mask, is_causal=True)
+
+    shapes = {"query": (1, 41, 2, 4), "key": (1, None, 2, 4), "mask": (1, 1, 41, None)}
+    tensors = [keras.ops.convert_to_tensor(x) for x in (query, key, mask)]
+    found = backends.compiled(attend, shapes)(*tensors)
+    whole = ops.attention(query, key, key, primal, mask=mask, is_causal=True, form="whole")
+    assert_close(backends.to_numpy(found), backends.to_numpy(whole), 1e-5)
+
+
+def test_pieces_of_running_means(small_blocks, monkeypatch):
+    """A piece reads its own examples, not those of the first one."""
+    monkeypatch.setattr(dual, "LEAST_PIECE", 18)
+    outputs = []
+    for are_faster in (False, True):
+        monkeypatch.setattr(running_means, "are_faster", lambda *_, answer=are_faster: answer)
+        # Dropout of hardly anything, which no kernel of torch's takes.
+        outputs.append(
+            ops.attention(*arrays(41), OWN, is_causal=True, dropout=1e-9, seed=1, form="blocks")
+        )
+    assert_close(*(backends.to_numpy(x) for x in outputs), 1e-5)
+
+
+@pytest.mark.skipif(backends.BACKEND != "tensorflow", reason="others have one way to loop")
+def test_tensorflow_works_each_block_once(heads_apart, monkeypatch):
+    """Also where it runs eagerly."""
+    called, weigh = [], kernels.masked_softmax
+
+    def record(*arguments):
+        called.append(True)
+        return weigh(*arguments)
+
+    monkeypatch.setattr(kernels, "masked_softmax", record)
+    ops.attention(*arrays(21), "softmax", form="blocks")
+    assert len(called) == 2 * 3
 
 
 @pytest.mark.parametrize("lengths", [(41, 36), (36, 41)][:: 1 if IS_QUICK else 2], ids=str)
@@ -481,9 +580,9 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     assert dual.dual_form((32, 197, 3, 64), 197) == "whole"
     assert dual.dual_form((512, 197, 3, 64), 197) == "blocks"
     for num_examples in (1, 64, 4096, 10**6, None):
-        size = dual.block_size(1, 8, num_examples)
+        size = dual.block_size(1, 8, 10**6, num_examples)
         assert dual.LEAST_BLOCK <= size <= dual.MOST_ROWS // 8
-        assert math.log2(size).is_integer()
+        assert size % dual.ROWS_AT_ONCE == 0
     # A head that fills blocks alone takes as many weights at once, whatever others there are.
     is_apart = backends.BACKEND != "torch"
     monkeypatch.setattr(native, "runs_on_gpu", lambda: False)
@@ -491,12 +590,17 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     assert not dual.takes_heads_apart(1024, 1023)
     assert not dual.takes_heads_apart(None, 4096)
     assert not dual.takes_heads_apart(4096, None)
-    assert [dual.block_of_head(size) for size in (1024, 2048, 3000, 2**20)] == [1024, 512, 256, 64]
+    assert dual.block_of_head(4096, 1024) == 1024
+    assert dual.block_of_head(4096, 2048) == 512
+    assert dual.block_of_head(4096, 2**20) == 64
+    # The last block is as full as the others.
+    assert dual.block_of_head(1025, 1025) == 520
+    assert dual.block_of_head(4096, 3000) == 344
     monkeypatch.setattr(native, "runs_on_gpu", lambda: True)
     assert not dual.takes_heads_apart(4096, 4096)
     # Fewer heads take more queries at once, and more sequences fewer.
-    assert dual.block_size(1, 2, 64) == 4 * dual.block_size(1, 8, 64)
-    assert dual.block_size(64, 8, 512) < dual.block_size(1, 8, 512)
+    assert dual.block_size(1, 2, 4096, 64) == 4 * dual.block_size(1, 8, 4096, 64)
+    assert dual.block_size(64, 8, 4096, 512) < dual.block_size(1, 8, 4096, 512)
 
 
 @pytest.mark.skipif(backends.BACKEND == "tensorflow", reason="XLA shows no shapes of tensors")
@@ -574,12 +678,12 @@ def attend_with_dropout(inputs, form, seed):
 
 def test_no_piece_drops_what_another_does(small_blocks, monkeypatch):
     monkeypatch.setattr(dual, "LEAST_PIECE", 24)
-    ones = np.ones((1, 48, 2, 4), "float32")
+    ones = np.ones((1, 48, 8, 4), "float32")
     options = {"is_causal": True, "form": "blocks", "dropout": RATE, "seed": 3}
-    query = np.concatenate([ones[:, :24], ones[:, :24]], axis=1)
-    # Of few keys each query sees all: what differs is what is dropped.
-    output = backends.to_numpy(ops.attention(query, ones[:, :1], ones[:, :1], "softmax", **options))
-    assert np.abs(output[:, :24] - output[:, 24:]).max() > 0.1
+    # Each query sees the one key: what differs is what is dropped.
+    output = backends.to_numpy(ops.attention(ones, ones[:, :1], ones[:, :1], "softmax", **options))
+    # Two pieces, of three blocks.
+    assert len(np.unique(output.reshape(6, -1), axis=0)) == 6
 
 
 @pytest.mark.parametrize("form", ["whole", "blocks", "heads apart"])
@@ -830,28 +934,33 @@ def test_hooks_of_projections_are_called():
 
 @pytest.mark.parametrize("primal", ["softmax", "batch_norm", "scaled_head", "sliding_window"])
 def test_one_trace_for_each_shape(primal):
-    """D4: twenty calls of two lengths trace twice; torch's compiler finds one graph."""
+    """D4: twenty calls of two lengths trace twice; torch has one graph for all lengths."""
     layer = layers.PrimalDualAttention(4, 4, primal=primal)
     layer.build((None, None, 16), (None, None, 16))
-    traced = []
 
-    def call(x):
-        traced.append(x.shape)
-        return layer(x, x, use_causal_mask=True)
+    def call(x, mask):
+        return layer(x, x, query_mask=mask, value_mask=mask, use_causal_mask=True)
 
-    rng = np.random.default_rng(0)
-    shapes = [(2, 40, 16), (2, 72, 16)] * 10
-    inputs = [keras.ops.convert_to_tensor(rng.normal(size=s).astype("float32")) for s in shapes]
+    def inputs(length):
+        x = np.random.default_rng(0).normal(size=(2, length, 16)).astype("float32")
+        return [keras.ops.convert_to_tensor(one) for one in (x, np.arange(length) < [[66], [39]])]
+
     if backends.BACKEND == "torch":
         import torch
+        from torch._dynamo.testing import CompileCounter
 
         torch._dynamo.reset()
-        explained = torch._dynamo.explain(lambda x: layer(x, x, use_causal_mask=True))(inputs[0])
-        assert explained.graph_break_count == 0, explained.break_reasons
+        counter = CompileCounter()
+        compiled = torch.compile(call, backend=counter, fullgraph=True, dynamic=True)
+        # Lengths that take one form.
+        for length in (70, 82, 75):
+            compiled(*inputs(length))
+        assert counter.frame_count == 1
         return
-    compiled = backends.compiled(call)
-    for x in inputs:
-        compiled(x)
+    traced = []
+    compiled = backends.compiled(lambda *tensors: traced.append(True) or call(*tensors))
+    for length in [40, 72] * 10:
+        compiled(*inputs(length))
     assert len(traced) <= 2
 
 

@@ -19,7 +19,7 @@ from keras import ops
 
 from keras_pdattn.layers.masking import attach_mask, get_keras_mask
 from keras_pdattn.ops import masks, native, recurrence
-from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast
+from keras_pdattn.ops.dtypes import accumulator, cast, nothing
 from keras_pdattn.ops.indexing import (
     append_axes,
     fit_axis,
@@ -96,7 +96,7 @@ class Cache:
             shape = batch_size, *shape
             if name == "valid":
                 return ops.zeros(shape, dtype="bool")
-            return ops.full(shape, NOTHING if name == "log_scale" else 0, dtype)
+            return ops.full(shape, nothing() if name == "log_scale" else 0, dtype)
 
         shapes = self.shapes(layer, length)
         if isinstance(shapes, dict):
@@ -345,7 +345,7 @@ class StateCache(Cache):
         # What another sequence left there is not of this one.
         goes_on = ops.cast(tokens.index, "int32") > 0
         cache = {
-            name: ops.where(goes_on, x, NOTHING if name == "log_scale" else 0.0)
+            name: ops.where(goes_on, x, nothing() if name == "log_scale" else 0.0)
             for name, x in cache.items()
         }
         output, after = recurrence.recurrent_attention(

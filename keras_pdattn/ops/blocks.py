@@ -17,34 +17,39 @@ def map_blocks(function, shared, by_query, length, block):
         function: from the tensors of a block, a dict, and the index of the block to a tuple
             of tensors `(B, H, block, D)`.
         shared: dict of tensors that are the same for all blocks.
-        by_query: dict of pairs, a tensor and the axis along which it has one entry for each
-            query; it is filled up with zeros to whole blocks.
+        by_query: dict of tensors `(B, H, T, ...)`.
         length: the number of queries, T.
         block: how many make a block.
 
     Returns:
         Tuple of tensors `(B, H, T, D)`.
     """
-    count = (length + block - 1) // block
-
-    def cut(x, axis):
-        return ops.moveaxis(split_axis(fit_axis(x, axis, count * block), axis, block), axis, 0)
 
     def solve_block(pieces):
         index, *pieces = pieces
-        tensors = {**shared, **dict(zip(by_query, pieces))}
+
         # TensorFlow finds no gradient of what a rematerialised function closes over.
-        names = [name for name, x in tensors.items() if keras.backend.is_float_dtype(x.dtype)]
-
         @keras.remat
-        def solve(*differentiable):
-            return function({**tensors, **dict(zip(names, differentiable))}, index)
+        def solve(*tensors):
+            return function(dict(zip((*shared, *by_query), tensors)), index)
 
-        return solve(*(tensors[name] for name in names))
+        return solve(*shared.values(), *pieces)
 
-    pieces = [cut(x, axis) for x, axis in by_query.values()]
-    found = native.map(solve_block, (ops.arange(count, dtype="int32"), *pieces))
+    pieces = [cut_in_blocks(x, 2, length, block) for x in by_query.values()]
+    indices = ops.arange(num_blocks(length, block), dtype="int32")
+    found = native.map(solve_block, (indices, *pieces))
     return tuple(join_axes(ops.moveaxis(x, 0, 2), 2)[:, :, :length] for x in found)
+
+
+def cut_in_blocks(x, axis, length, block):
+    """Blocks of `x` along `axis`, of that `length`, the last filled up with zeros; on axis 0."""
+    filled = fit_axis(x, axis, num_blocks(length, block) * block)
+    return ops.moveaxis(split_axis(filled, axis, block), axis, 0)
+
+
+def num_blocks(length, block):
+    """How many blocks there are, the last one perhaps not full."""
+    return (length + block - 1) // block
 
 
 def map_heads(function, tensors):

@@ -44,23 +44,22 @@ def check_shapes(query, key, value, projections=None):
                 f"Received: {name}.shape={(*shapes[name][:2], *shapes[name][3:])}"
             )
         shapes[name] = (*shapes[name][:2], *heads_and_depth)
-    received = ", ".join(f"{name}.shape={tuple(shape)}" for name, shape in shapes.items())
+
+    def refuse(expected):
+        # Not before it is wanted: torch can't compile what names lengths that are not known.
+        received = ", ".join(f"{name}.shape={tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"{expected} Received: {received}")
+
     if any(len(shape) != 4 for shape in shapes.values()):
-        raise ValueError(
-            "`query`, `key` and `value` must have the shape (batch, time, heads, depth). "
-            f"Received: {received}"
-        )
+        refuse("`query`, `key` and `value` must have the shape (batch, time, heads, depth).")
     batch_and_heads = [(shape[0], shape[2]) for shape in shapes.values()]
     if not all(fits(other, batch_and_heads[0], exactly=True) for other in batch_and_heads[1:]):
-        raise ValueError(
-            f"`query`, `key` and `value` must have one batch size and one number of heads. "
-            f"Received: {received}"
-        )
+        refuse("`query`, `key` and `value` must have one batch size and one number of heads.")
     query, key, value = shapes.values()
     if not fits(key[:2], value[:2], exactly=True):
-        raise ValueError(f"`key` and `value` must have one length. Received: {received}")
+        refuse("`key` and `value` must have one length.")
     if not fits(query[3:], key[3:], exactly=True):
-        raise ValueError(f"`query` and `key` must have one depth. Received: {received}")
+        refuse("`query` and `key` must have one depth.")
 
 
 def check_grids(query_length, key_length, query_grid, key_grid):

@@ -3,8 +3,10 @@
 import keras
 from keras import ops
 
-#: Sets the seeds of blocks apart, further than calls count up.
+#: Sets the seeds of blocks apart, further than calls count up; odd, so that none come back.
 _STRIDE = 1_000_003
+#: Sets the blocks of pieces apart, further than blocks count up.
+_MOST_BLOCKS = 2**20
 
 
 class Dropout:
@@ -33,19 +35,17 @@ class Dropout:
 
     def of_block(self, index):
         """The dropout of a block of queries."""
-        return self._moved(index, [_STRIDE, 0])
-
-    def of_piece(self, index):
-        """The dropout of a piece of queries, which have blocks of their own."""
-        return self._moved(index, [0, _STRIDE])
-
-    def _moved(self, index, stride):
         if not isinstance(self.seed, _Given):
             return self
-        stride = ops.convert_to_tensor(stride, dtype=self.seed.value.dtype)
+        stride = ops.convert_to_tensor([_STRIDE, 0], dtype=self.seed.value.dtype)
         return type(self)(
             self.rate, _Given(self.seed.value + ops.cast(index, stride.dtype) * stride)
         )
+
+    def of_piece(self, index):
+        """The dropout of a piece of queries, an integer, which have blocks of their own."""
+        # Torch adds the two numbers of a seed up: a piece that moved the other would meet blocks.
+        return self.of_block(index * _MOST_BLOCKS)
 
 
 def _draws_by_itself(seed):

@@ -4,8 +4,14 @@ import keras
 import numpy as np
 from keras import ops
 
-#: The logarithm of a factor that leaves nothing.
-NOTHING = -1e30
+
+def nothing():
+    """The logarithm of a factor that leaves nothing.
+
+    As a constant of a module, a float would be an input to what torch compiles for lengths that
+    are not known, and no two blocks that are worked again could read it (pytorch issue 193194).
+    """
+    return -1e30
 
 
 def accumulator(dtype):

@@ -6,7 +6,7 @@ from typing import Any
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.blocks import map_blocks, map_heads
+from keras_pdattn.ops.blocks import cut_in_blocks, map_blocks, map_heads, num_blocks
 from keras_pdattn.ops.dtypes import cast, widen
 from keras_pdattn.ops.indexing import slices, swap_heads_and_time
 from keras_pdattn.ops.kernels import for_products, share, weighted_sums
@@ -14,15 +14,17 @@ from keras_pdattn.ops.records import replace
 from keras_pdattn.ops.windows import banded_attention
 
 #: Up to how many weights are held at once, those of all heads and sequences; how many rows of
-#: them, those of one sequence; and the least queries that share a block. These and the next are
-#: what `benchmarks/blocks.py` measures.
+#: them, those of one sequence; and the least queries that share a block. The most of each and of
+#: the next are what `benchmarks/blocks.py` measures.
 MOST_WEIGHTS, MOST_ROWS = 2**22, 2**11
 LEAST_BLOCK = 32
 #: How many weights of one head at once, and the least queries: if a head has as many weights, XLA
 #: on a CPU is faster with one after the other, whose weights stay in its caches.
 MOST_OF_HEAD, LEAST_OF_HEAD = 2**20, 64
-#: Into how many pieces causal queries are cut at most, and how many queries make one at least.
+#: Into how many pieces causal queries are cut at most, and for how many queries there is one.
 MOST_PIECES, LEAST_PIECE = 4, 1024
+#: What queries of a block are a multiple of, which matrix products take together.
+ROWS_AT_ONCE = 8
 #: Up to how many weights of one sequence are written down whole, even if blocks would be smaller.
 MOST_WHOLE = 2**21
 #: How many times as many there may be on a GPU, which small blocks would leave idle.
@@ -188,8 +190,8 @@ def _attend_in_pieces(query, examples, weigh, dropout, pieces):
     for index, piece in enumerate(pieces):
         its_query, its_examples = query[:, piece], examples.of_block(piece)
         its_dropout = None if dropout is None else dropout.of_piece(index)
-        form = dual_form(its_query.shape, its_examples.key.shape[1])
-        output, _, _ = dual_attention(its_query, its_examples, weigh, its_dropout, False, form)
+        # In blocks however short, lest weights of several pieces are held at once.
+        output, _, _ = dual_attention(its_query, its_examples, weigh, its_dropout, False, "blocks")
         outputs.append(output)
     return native.concatenate(outputs, axis=1)
 
@@ -199,31 +201,54 @@ def _attend_in_blocks(operands, examples, weigh, dropout):
     batch, num_heads, length, _ = operands.query.shape
     num_examples = operands.key.shape[2]
     if not takes_heads_apart(length, num_examples):
-        block = block_size(batch, num_heads, num_examples)
-        return _attend_block_by_block(operands, examples, weigh, dropout, block)
-    block = block_of_head(num_examples)
+        block = block_size(batch, num_heads, length, num_examples)
+        seen = _seen_in_blocks(operands, examples, block)
+        return _attend_block_by_block(operands, seen, weigh, dropout, block)
+    block = block_of_head(length, num_examples)
+    seen = _seen_in_blocks(operands, examples, block)
 
-    def attend(tensors, sequence, head):
+    def attend(tensors, *head):
+        sequence, index = head
         # Blocks of a head come one after the other, as seeds of dropout do.
-        first = (sequence * num_heads + head) * -(-length // block)
+        first = (sequence * num_heads + index) * num_blocks(length, block)
         its_dropout = None if dropout is None else dropout.of_block(first)
-        its_examples = examples.of_head(sequence, head)
-        return _attend_block_by_block(Operands(**tensors), its_examples, weigh, its_dropout, block)
+
+        def seen_by_head(index):
+            return seen(index).of_head(*head)
+
+        return _attend_block_by_block(Operands(**tensors), seen_by_head, weigh, its_dropout, block)
 
     return map_heads(attend, operands.tensors())
 
 
-def _attend_block_by_block(operands, examples, weigh, dropout, block):
+def _seen_in_blocks(operands, examples, block):
+    """Function from the index of a block to the examples as its queries see them.
+
+    For where the block is worked: of what a loop over heads reads before, it would keep one for
+    each head until a backward pass.
+    """
+    length = ops.shape(operands.query)[2]
+    limits = {
+        name: cut_in_blocks(x, axis, length, block)
+        for name, (x, axis) in examples.by_query().items()
+    }
+
+    def seen(index):
+        return examples.of_queries({name: native.entry(x, index) for name, x in limits.items()})
+
+    return seen
+
+
+def _attend_block_by_block(operands, seen, weigh, dropout, block):
+    """The output for one block after the other, `seen(index)` being its examples."""
     tensors = operands.tensors()
-    by_query = {name: (tensors.pop(name), 2) for name in Operands.OF_QUERIES if name in tensors}
-    names = (*tensors, *by_query)
-    by_query.update(examples.by_query())
+    by_query = {name: tensors.pop(name) for name in Operands.OF_QUERIES if name in tensors}
 
     def attend(tensors, index):
-        of_block = Operands(**{name: tensors.pop(name) for name in names})
+        operands = Operands(**tensors)
         its_dropout = None if dropout is None else dropout.of_block(index)
-        weights, total = of_block.weigh(examples.of_queries(tensors), weigh)
-        return of_block.weighted_values(weights, total, its_dropout)
+        weights, total = operands.weigh(seen(index), weigh)
+        return operands.weighted_values(weights, total, its_dropout)
 
     length = ops.shape(operands.query)[2]
     # Divided here, sums need not be worked again for the gradient of their total.
@@ -238,24 +263,28 @@ def takes_heads_apart(length, num_examples):
     return is_known and length * num_examples >= MOST_OF_HEAD
 
 
-def block_of_head(num_examples):
-    """How many queries of one head share a block: a power of two."""
-    return _power_of_two(max(MOST_OF_HEAD // num_examples, LEAST_OF_HEAD))
+def block_of_head(length, num_examples):
+    """How many queries of one head share a block."""
+    return _even_block(length, max(MOST_OF_HEAD // num_examples, LEAST_OF_HEAD))
 
 
-def block_size(batch, num_heads, num_examples):
-    """How many queries share a block: a power of two."""
+def block_size(batch, num_heads, length, num_examples):
+    """How many queries share a block."""
     times = _times()
     # On JAX a size that is not known is a symbol, which can't be compared.
     of_query = num_examples if isinstance(num_examples, int) else times * MOST_WEIGHTS
     of_query *= _all_heads(batch, num_heads)
     most = min(times * MOST_WEIGHTS // max(of_query, 1), times * MOST_ROWS // num_heads)
-    return _power_of_two(max(most, LEAST_BLOCK))
+    return _even_block(length, max(most, LEAST_BLOCK))
 
 
-def _power_of_two(most):
-    """The last one up to `most`."""
-    return 2 ** (most.bit_length() - 1)
+def _even_block(length, most):
+    """The size of blocks, `most` at most, of which the last one is nearly full."""
+    most -= most % ROWS_AT_ONCE
+    if not isinstance(length, int):
+        return most
+    count = max(num_blocks(length, most), 1)
+    return max(num_blocks(length, count * ROWS_AT_ONCE), 1) * ROWS_AT_ONCE
 
 
 def dual_form(query_shape, num_examples):
@@ -273,7 +302,7 @@ def dual_form(query_shape, num_examples):
     is_short = num_heads * of_head <= times * MOST_WHOLE
     if isinstance(batch, int):
         # A block of its own would be worked again in the backward pass for nothing.
-        is_short = is_short or length <= block_size(batch, num_heads, num_examples)
+        is_short = is_short or length <= block_size(batch, num_heads, length, num_examples)
     are_few = _all_heads(batch, num_heads) * of_head <= times * 2 * MOST_WEIGHTS
     return "whole" if is_short and are_few else "blocks"
 

@@ -85,7 +85,8 @@ class Examples:
         mask: boolean `(B, M)`, or `(B or 1, M, H)` if heads differ, False where an example is
             padding; or `None`.
         limit: integer `(T,)` or `(B, T)`: query i sees only the first
-            `limit[i]` examples (and its own); or `None` if not causal.
+            `limit[i]` examples (and its own); or `None` if not causal. Always what the next two
+            say, which forms that cut examples go by.
         is_triangular: whether `limit[i] = i + 1`, which kernels know as "causal".
         stride: where it is not, `limit[i]` is `(i - start) // stride`, from 0 to M.
         has_running_means: whether each query's own example is the one at its place, see
@@ -97,8 +98,8 @@ class Examples:
             `limit` is then one more for each; `None` for 0.
         is_prefix: whether these are the keys up to one query, so that a
             transform may not look ahead though `limit` is `None`.
-        visible: boolean, broadcastable to `(B, H, T, M)`: what an arbitrary
-            mask leaves to each query; or `None`.
+        visible: boolean `(B, H, T, M)`, sizes of 1 for what is the same for all: what an
+            arbitrary mask leaves to each query; or `None`.
         all_are_sighted: whether every query is known to see an example, whatever `visible` says.
         window: the `Window` that restricts what each query sees, or `None`.
         grid: as for `Queries`, of the examples.
@@ -294,13 +295,16 @@ class Examples:
 
     def of_block(self, block):
         """The examples as a block of queries, a slice, sees them; causally up to the last one."""
-        pieces = {
-            name: x[(slice(None),) * axis + (block,)] for name, (x, axis) in self.by_query().items()
-        }
+        pieces = {}
+        # For lengths that are not known, torch can't compile comprehensions that read a slice.
+        for name, (x, axis) in self.by_query().items():
+            pieces[name] = x[(slice(None),) * axis + (block,)]
         examples = self.of_queries(pieces)
         if self.is_causal and self.query_start is None:
             examples = examples.first(-(-block.stop // self.stride))
-            examples = replace(examples, query_start=block.start, is_triangular=False)
+            # An own example is none of those in this block.
+            changes = {"is_triangular": False, "has_running_means": False}
+            examples = replace(examples, query_start=block.start, **changes)
         if self.own is None:
             return examples
         key, value = self.own.key[:, block], self.own.value[:, block]
@@ -362,7 +366,7 @@ class OwnExample:
         value: `(B, T, H, Dv)`.
         mask: boolean `(B, T)`, or `(B, T, H)` if heads differ, False where the query has none; or
             `None`.
-        visible: boolean, broadcastable to `(B, H, T)`; or `None`.
+        visible: boolean `(B, H, T)`, sizes of 1 for what is the same for all; or `None`.
         log_scale: `(B, T, H)`, as for `Examples`.
     """
 

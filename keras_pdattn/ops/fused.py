@@ -10,7 +10,7 @@ import numpy as np
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast, is_double, widen
+from keras_pdattn.ops.dtypes import accumulator, cast, is_double, nothing, widen
 from keras_pdattn.ops.indexing import (
     append_axes,
     even,
@@ -183,7 +183,7 @@ def _hide_keys(query, key, value, mask):
     mask = ops.transpose(mask, (0, 3, 2, 1))
     # In float16 their scores could make up for what hides them.
     key = native.zero_unless(mask, key)
-    hidden = ops.where(mask, 0.0, max(NOTHING, float(ml_dtypes.finfo(key.dtype).min) / 2))
+    hidden = ops.where(mask, 0.0, max(nothing(), float(ml_dtypes.finfo(key.dtype).min) / 2))
     hidden = ops.broadcast_to(cast(hidden, key.dtype), (*key.shape[:3], 1))
     width = key.shape[3] + ALIGNMENT
     query = fit_axis(fit_axis(query, 3, query.shape[3] + 1, fill=1), 3, width)
@@ -220,15 +220,14 @@ def _in_causal_blocks(query, examples, scale):
     size = CAUSAL_BLOCK_ON_GPU if query.is_cuda else CAUSAL_BLOCK
     length = query.shape[1]
     if length <= size:
-        return _attend_block(query, examples, slice(0, length), scale)
+        return _attend_block(query, examples.of_block(slice(0, length)), scale)
     attend, outputs = keras.remat(_attend_block), []
     for block in slices(length, size):
-        outputs.append(attend(query[:, block], examples, block, scale))
+        outputs.append(attend(query[:, block], examples.of_block(block), scale))
     return native.concatenate(outputs, axis=1)
 
 
-def _attend_block(query, examples, block, scale):
-    examples = examples.of_block(block)
+def _attend_block(query, examples, scale):
     if examples.own is not None:
         return _attend_with_own(query, examples, scale)
     return _attend(query, examples, examples.visibility(), examples.sighted(), scale)

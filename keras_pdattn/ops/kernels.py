@@ -4,12 +4,8 @@ import keras
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import NOTHING, accumulator, cast, exp_of_at_most_zero, widen
+from keras_pdattn.ops.dtypes import accumulator, cast, exp_of_at_most_zero, nothing, widen
 from keras_pdattn.ops.indexing import append_axes
-
-#: What a sum of kernels is nothing below. Gradients are divided by that sum before they meet
-#: features as small again, and in between have to be within the range of float32.
-LEAST_TOTAL = 2.0**-90
 
 
 def masked_softmax(logits, log_scale=None, visible=None):
@@ -21,7 +17,7 @@ def masked_softmax(logits, log_scale=None, visible=None):
     if log_scale is not None:
         logits = logits + log_scale
     if visible is not None:
-        logits = ops.where(visible, logits, NOTHING)
+        logits = ops.where(visible, logits, nothing())
     if keras.backend.backend() == "jax":
         # To divide the output and not the weights saves XLA passes over all pairs.
         largest = ops.stop_gradient(native.largest(logits, axis=-1, keepdims=True))
@@ -47,7 +43,7 @@ def _softmax(logits):
 def masked_kernel(kernel, log_scale=None, visible=None):
     """`kernel`, each example's times `exp(log_scale)`, and its sum along the last axis."""
     if log_scale is not None:
-        seen = log_scale if visible is None else ops.where(visible, log_scale, NOTHING)
+        seen = log_scale if visible is None else ops.where(visible, log_scale, nothing())
         largest = ops.stop_gradient(native.largest(seen, axis=-1, keepdims=True))
         kernel = kernel * exp_of_at_most_zero(log_scale - largest)
     if visible is not None:
@@ -57,7 +53,12 @@ def masked_kernel(kernel, log_scale=None, visible=None):
 
 def share(part, total=None):
     """`part / total`; `part` itself where the total is nothing, as `part` is then, or `None`."""
-    return part if total is None else native.ratio(part, native.one_for_less(total, LEAST_TOTAL))
+    if total is None:
+        return part
+    # What a sum of kernels is nothing below. Gradients are divided by that sum before they meet
+    # features as small again, and in between have to be within the range of float32.
+    least = 2.0**-90
+    return native.ratio(part, native.one_for_less(total, least))
 
 
 def weighted_sums(weights, total, dropout, multiply, dtype):

@@ -119,6 +119,11 @@ def take(x, index, axis):
     return torch_native.take(x, index, axis) if IS_TORCH else ops.take(x, index, axis=axis)
 
 
+def entry(x, index):
+    """`x[index]` for an integer scalar, which torch would wait for a GPU to know."""
+    return torch_native.entry(x, index) if IS_TORCH else x[index]
+
+
 def take_along_axis(x, index, axis):
     """`ops.take_along_axis` for indices that are in range, broadcast to the other axes of `x`."""
     if IS_TORCH:
@@ -284,13 +289,8 @@ def ratio(part, total, *less):
 
 
 def map(function, xs):
-    """`ops.map`, without TensorFlow rewriting the code of `function` and all that it calls.
-
-    Run eagerly, that takes several times as long as the work.
-    """
-    if IS_TENSORFLOW:
-        function = tensorflow_native.do_not_convert(function)
-    return ops.map(function, xs)
+    """`ops.map`; on TensorFlow without what that takes besides."""
+    return tensorflow_native.map(function, xs) if IS_TENSORFLOW else ops.map(function, xs)
 
 
 def zero_unless(mask, x):

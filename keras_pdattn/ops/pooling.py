@@ -333,7 +333,7 @@ def _positions(num_steps, sizes, counts, scale, starts):
     for size, start, w, o in zip(sizes, starts, window, offset):
         coordinate = start + w * scale + o
         inside = masks.intersect(inside, coordinate < size)
-        nearest.append(ops.minimum(coordinate, size - 1))
+        nearest.append(native.at_most(coordinate, size - 1))
     if len(inside.shape) == 1:
         inside = ops.expand_dims(inside, axis=0)
     return raster(nearest, sizes), inside

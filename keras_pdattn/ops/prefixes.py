@@ -37,7 +37,7 @@ def prefix_by_prefix(solve, queries, keys, dropout, is_pointwise):
         positions = ops.arange(query_length, dtype="int32")
         return _solve_at(positions, solve, queries, keys, dropout, is_pointwise)
     count = (query_length + BLOCK - 1) // BLOCK
-    positions = ops.minimum(ops.arange(count * BLOCK, dtype="int32"), query_length - 1)
+    positions = native.at_most(ops.arange(count * BLOCK, dtype="int32"), query_length - 1)
 
     def solve_block(block):
         index, positions = block

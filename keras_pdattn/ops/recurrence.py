@@ -7,7 +7,7 @@ so it stays as large as it is however many there are.
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import NOTHING, cast, widen
+from keras_pdattn.ops.dtypes import cast, nothing, widen
 from keras_pdattn.ops.examples import Examples
 from keras_pdattn.ops.indexing import append_axes, zero_where_masked
 from keras_pdattn.ops.kernels import share
@@ -59,7 +59,7 @@ def recurrent_attention(query, key, value, state, feature_map, weights, key_mask
     key, log_scale = feature_map.key_features(widen(zero_where_masked(key, key_mask)), weights)
     key = zero_where_masked(key, key_mask)
     if log_scale is not None and key_mask is not None:
-        log_scale = ops.where(append_axes(key_mask, 1), log_scale, NOTHING)
+        log_scale = ops.where(append_axes(key_mask, 1), log_scale, nothing())
     after = _add(state, key, value, log_scale)
     if query.shape[1] == 1:
         output, total, _ = _read(query, after)

@@ -9,7 +9,7 @@ the keys of the chunk itself in the dual form.
 from keras import ops
 
 from keras_pdattn.ops import native
-from keras_pdattn.ops.dtypes import NOTHING, cast, exp_of_at_most_zero, widen
+from keras_pdattn.ops.dtypes import cast, exp_of_at_most_zero, nothing, widen
 from keras_pdattn.ops.indexing import (
     append_axes,
     delay,
@@ -107,7 +107,7 @@ def primal_attention(query, examples):
     key = zero_where_masked(examples.key, examples.mask)
     log_scale, value = examples.log_scale, widen(examples.value)
     if log_scale is not None and examples.mask is not None:
-        log_scale = ops.where(append_axes(examples.mask, 1), log_scale, NOTHING)
+        log_scale = ops.where(append_axes(examples.mask, 1), log_scale, nothing())
     if examples.is_causal:
         sums, log_factor = causal_sums(query, key, value, log_scale, examples)
         if examples.own is not None:
@@ -154,11 +154,11 @@ def causal_sums(query, key, value, log_scale, examples):
         return _chunked_sums(query, key, value, log_scale, examples)
     # By step, so that the windows of all sequences begin a chunk together.
     step = ops.expand_dims(start, axis=1) + ops.arange(length, dtype="int32")
-    query = take_along_time(query, ops.minimum(step, length - 1))
+    query = take_along_time(query, native.at_most(step, length - 1))
     sums = _chunked_sums(query, key, value, log_scale, examples)
     step = ops.arange(length, dtype="int32") - ops.expand_dims(start, axis=1)
     # Those before the start see nothing, as the query at the first step.
-    step = ops.maximum(step, 0)
+    step = native.at_least(step, 0)
     return [None if x is None else take_along_time(x, step) for x in sums]
 
 
@@ -185,11 +185,11 @@ def _chunked_sums(query, key, value, log_scale, examples):
     if log_scale is None:
         state = delay(cumulative_sum(_states(key, value), axis=2), axis=2)
     else:
-        log_scale = chunks(ops.swapaxes(log_scale, 1, 2), chunk, fill=NOTHING)
+        log_scale = chunks(ops.swapaxes(log_scale, 1, 2), chunk, fill=nothing())
         state, reached = _scaled_states(key, value, log_scale)
         # The largest factor that each query sees is left off its sums.
         log_scale, reached = (ops.expand_dims(x, axis=3) for x in (log_scale, reached))
-        largest = native.largest(ops.where(seen, log_scale, NOTHING), axis=-1)
+        largest = native.largest(ops.where(seen, log_scale, nothing()), axis=-1)
         log_factor = ops.stop_gradient(ops.maximum(largest, reached))
         products = products * exp_of_at_most_zero(log_scale - append_axes(log_factor, 1))
         query = query * append_axes(ops.exp(reached - log_factor), 1)
@@ -211,7 +211,7 @@ def _add_own(sums, log_factor, query, own):
     kernel = ops.sum(query * key, axis=-1)
     if log_scale is not None:
         if own.mask is not None:
-            log_scale = ops.where(append_axes(own.mask, 1), log_scale, NOTHING)
+            log_scale = ops.where(append_axes(own.mask, 1), log_scale, nothing())
         largest = ops.stop_gradient(ops.maximum(log_factor, log_scale))
         sums = sums * append_axes(ops.exp(log_factor - largest), 1)
         kernel = kernel * ops.exp(log_scale - largest)
@@ -241,6 +241,6 @@ def _scaled_states(key, value, log_scale):
 
     # Of one tensor, as TensorFlow's scan must know the lengths of several.
     states = ops.moveaxis(_states(key, value), 2, 0)
-    init = ops.zeros_like(states[0]), ops.full_like(largest[:, :, 0], NOTHING), 0
+    init = ops.zeros_like(states[0]), ops.full_like(largest[:, :, 0], nothing()), 0
     _, (state, reached, _) = ops.scan(step, init, states)
     return ops.moveaxis(state, 0, 2), ops.moveaxis(reached, 0, 2)

@@ -7,7 +7,7 @@ import torch
 from torch.compiler import is_compiling  # noqa: F401
 from torch.nn import functional
 
-from keras_pdattn.ops.dtypes import NOTHING
+from keras_pdattn.ops.dtypes import nothing
 
 #: Dtypes that sums may be carried in.
 WIDE = torch.float32, torch.float64
@@ -49,6 +49,10 @@ def take(x, index, axis):
     return x.index_select(axis, index)
 
 
+def entry(x, index):
+    return x.index_select(0, index).squeeze(0)
+
+
 def take_along_axis(x, index, axis):
     shape = list(x.shape)
     shape[axis] = -1
@@ -73,7 +77,7 @@ def softmax_attention(query, key, value, mask, scale, is_causal):
         dtype = functools.reduce(torch.promote_types, (x.dtype for x in tensors))
         tensors = [x.to(dtype) for x in tensors]
     if mask is not None and mask.dtype == torch.bool:
-        hidden = NOTHING
+        hidden = nothing()
         if dtype == torch.float16:
             # Scores may be as low as any number that it holds; what sees nothing is given
             # everything, lest `-inf` make NaN of it.

@@ -69,8 +69,8 @@ class Window:
 
     def first(self, count):
         """The window over the first `count` keys."""
-        length = min(count, self.key_length)
-        return replace(self, key_length=length, valid=self.valid[:, :count])
+        valid = self.valid[:, :count]
+        return replace(self, key_length=native.shape(valid)[1], valid=valid)
 
     def of_sequence(self, index):
         """The window over the keys of one sequence, an integer scalar."""
@@ -125,7 +125,7 @@ class Window:
     def at_queries(self, x, position):
         """Reads `x`, `(B or 1, S)`, where queries stand; zero beyond the keys."""
         inside = ops.logical_and(position >= 0, position < self.key_length)
-        position = ops.maximum(ops.minimum(position, self.key_length - 1), 0)
+        position = native.at_least(native.at_most(position, self.key_length - 1), 0)
         if len(position.shape) == 2:
             x = ops.broadcast_to(x, (ops.shape(position)[0], self.key_length))
         x = take_along_time(x, position)
@@ -410,7 +410,7 @@ class _GlobalTokens:
         window = examples.window
         last = ops.shape(query)[1] - 1
         index = ops.broadcast_to(self.position, ops.shape(self.key)[:2])
-        asked = take_along_time(query, ops.minimum(index, last))
+        asked = take_along_time(query, native.at_most(index, last))
         visible = ops.expand_dims(window.valid, axis=1)
         key, position = ops.arange(window.key_length, dtype="int32"), append_axes(self.position, 1)
         visible = masks.intersect(visible, window.within_reach(position, key))
