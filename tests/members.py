@@ -143,19 +143,18 @@ MEMBERS = [
     _named("taylor", "window"),
     _named("random", "conv_bn", "scaled"),
 ]
-every_member = pytest.mark.parametrize("member", MEMBERS, ids=str)
 
 #: Some of those: with every transform, and with caches by position, with queries, of a state and
 #: in a ring.
 FEW = [
-    _named("softmax"),
     _named("softmax", "bn", "scaled"),
     _named("softmax", "conv"),
     _named("softmax", "bn", "dilated"),
     _named("elu"),
-    _named("taylor", "window"),
     _named("random", "conv_bn", "scaled"),
 ]
+if backends.BACKEND != "jax":
+    FEW += [_named("softmax"), _named("taylor", "window")]
 
 
 def slow_where_compiled(test):
@@ -177,6 +176,9 @@ def few_where_compiled(name, values, few):
     return pytest.mark.parametrize(name, params)
 
 
+#: All; on JAX, where every test waits for a compiler, `FEW`.
+every_member = few_where_compiled("member", MEMBERS, FEW if backends.BACKEND == "jax" else MEMBERS)
+#: All on torch; `FEW` where ops compile.
 every_member_compiled = few_where_compiled("member", MEMBERS, FEW)
 
 

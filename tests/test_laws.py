@@ -4,12 +4,21 @@ import backends
 import hypothesis
 import numpy as np
 import pytest
-from members import MEMBERS, VARIANTS, every_member, every_member_compiled
+from members import (
+    FEW,
+    MEMBERS,
+    VARIANTS,
+    every_member,
+    every_member_compiled,
+    few_where_compiled,
+)
 from problems import Problem, assert_close, check_against_oracle, problems
 
 from keras_pdattn import Primal, feature_maps, ops, training_sets, transforms
 
-every_variant = pytest.mark.parametrize("member", MEMBERS + VARIANTS, ids=str)
+every_variant = few_where_compiled(
+    "member", MEMBERS + VARIANTS, (FEW if backends.BACKEND == "jax" else MEMBERS) + VARIANTS
+)
 few_examples = hypothesis.settings(max_examples=1 if backends.BACKEND == "jax" else 4)
 
 
