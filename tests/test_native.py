@@ -31,13 +31,22 @@ def test_mapped_functions_run_as_they_are_written():
     """Rewritten by TensorFlow's autograph they would take several times as long."""
     ran = set()
 
-    def square(x):
+    def square(entries):
         ran.add(sys._getframe().f_code)
-        return keras.ops.square(x)
+        return keras.ops.square(entries[0])
 
-    (x,) = tensors(normal(3, 2))
-    found = backends.to_numpy(native.map(square, x))
-    np.testing.assert_allclose(found, np.square(backends.to_numpy(x)), rtol=1e-6)
+    def squares(x):
+        return native.map(square, (x,))
+
+    ways = [squares]
+    if backends.BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        ways.append(tf.function(squares))
+    for way in ways:
+        (x,) = tensors(normal(3, 2))
+        found = backends.to_numpy(way(x))
+        np.testing.assert_allclose(found, np.square(backends.to_numpy(x)), rtol=1e-6)
     assert ran == {square.__code__}
 
 

@@ -289,7 +289,7 @@ def ratio(part, total, *less):
 
 
 def map(function, xs):
-    """`ops.map`; on TensorFlow without what that takes besides."""
+    """`ops.map` over a tuple of tensors; on TensorFlow without what that takes besides."""
     return tensorflow_native.map(function, xs) if IS_TENSORFLOW else ops.map(function, xs)
 
 

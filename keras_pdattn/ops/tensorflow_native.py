@@ -8,7 +8,7 @@ from tensorflow.autograph.experimental import do_not_convert
 def map(function, xs):
     # Run eagerly, `ops.map` rewrites the code of all that is called, for several times as long as
     # the work takes, and works the first entry twice.
-    if tf.executing_eagerly() and xs[0].shape[0]:
+    if tf.executing_eagerly():
         found = [function(x) for x in zip(*(tf.unstack(x) for x in xs))]
         return tf.nest.map_structure(lambda *parts: tf.stack(parts), *found)
     return ops.map(do_not_convert(function), xs)
