@@ -131,7 +131,7 @@ def test_heads_apart_keep_one_mask(heads_apart):
 
 
 @pytest.mark.parametrize(
-    ("form", "primal"), [("blocks", DUAL[1]), ("heads apart", DUAL[2])], ids=["bn", "scaled"]
+    ("form", "primal"), [("blocks", DUAL[1]), ("heads apart", DUAL[0])], ids=["bn", "softmax"]
 )
 def test_blocks_in_a_compiled_step(form, primal, request, monkeypatch):
     """As `fit` compiles them, with padding, causal pieces and lengths that are known."""
