@@ -176,8 +176,9 @@ def few_where_compiled(name, values, few):
     return pytest.mark.parametrize(name, params)
 
 
-#: All; on JAX, where every test waits for a compiler, `FEW`.
-every_member = few_where_compiled("member", MEMBERS, FEW if backends.BACKEND == "jax" else MEMBERS)
+#: All but on JAX, where every test waits for a compiler.
+BY_DEFAULT = FEW if backends.BACKEND == "jax" else MEMBERS
+every_member = few_where_compiled("member", MEMBERS, BY_DEFAULT)
 #: All on torch; `FEW` where ops compile.
 every_member_compiled = few_where_compiled("member", MEMBERS, FEW)
 

@@ -5,7 +5,7 @@ import hypothesis
 import numpy as np
 import pytest
 from members import (
-    FEW,
+    BY_DEFAULT,
     MEMBERS,
     VARIANTS,
     every_member,
@@ -16,9 +16,7 @@ from problems import Problem, assert_close, check_against_oracle, problems
 
 from keras_pdattn import Primal, feature_maps, ops, training_sets, transforms
 
-every_variant = few_where_compiled(
-    "member", MEMBERS + VARIANTS, (FEW if backends.BACKEND == "jax" else MEMBERS) + VARIANTS
-)
+every_variant = few_where_compiled("member", MEMBERS + VARIANTS, BY_DEFAULT + VARIANTS)
 few_examples = hypothesis.settings(max_examples=1 if backends.BACKEND == "jax" else 4)
 
 

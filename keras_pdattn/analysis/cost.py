@@ -160,10 +160,9 @@ def cost(
     each that random features are drawn for. Work for each number of a tensor, such as
     a softmax or a normalisation, is not. Bytes are those of the activations that these
     forms write; a fused kernel writes no weights, and blocks of queries hold few at a time:
-    these need less; as they do of the multiply-adds of long causal sequences, of which
-    they look at half of the pairs or little more. Not counted is what scaled heads take
-    more where PyTorch, run eagerly, fits those of a short causal or padded sequence on
-    running means, see the guide to cost.
+    these need less. Both look at fewer pairs of a long causal sequence than are counted.
+    Not counted is what scaled heads take more where PyTorch, run eagerly, fits those of
+    a short causal or padded sequence on running means, see the guide to cost.
 
     Args:
         layer_or_model: a `keras.layers.MultiHeadAttention`, ours or Keras's, or a model

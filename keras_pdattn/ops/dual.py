@@ -200,12 +200,14 @@ def _attend_in_blocks(operands, examples, weigh, dropout):
     """The output, `(B, H, T, Dv)`, for one block of queries after the other."""
     batch, num_heads, length, _ = operands.query.shape
     num_examples = operands.key.shape[2]
-    if not takes_heads_apart(length, num_examples):
+    are_apart = takes_heads_apart(length, num_examples)
+    if are_apart:
+        block = block_of_head(length, num_examples)
+    else:
         block = block_size(batch, num_heads, length, num_examples)
-        seen = _seen_in_blocks(operands, examples, block)
-        return _attend_block_by_block(operands, seen, weigh, dropout, block)
-    block = block_of_head(length, num_examples)
     seen = _seen_in_blocks(operands, examples, block)
+    if not are_apart:
+        return _attend_block_by_block(operands, seen, weigh, dropout, block)
 
     def attend(tensors, *head):
         sequence, index = head
