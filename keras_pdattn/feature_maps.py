@@ -121,21 +121,20 @@ class FeatureMap(descriptions.WeightedMember):
         """Vectors for keys and their logarithms; see `dual_query` and `key_features`."""
         return self.key_features(x, weights)
 
-    def weigh(self, products, log_scale, visible):
+    def weigh(self, parts):
         """The kernel of what each query sees, from products of `dual_query` and `dual_key`.
 
         Args:
-            products: tensor `(..., queries, examples)`.
-            log_scale: logarithms of factors of the examples, broadcastable to
-                `products`; or `None`.
-            visible: boolean, likewise.
+            parts: for each part of the examples `(products, log_scale, visible)`: a tensor
+                `(..., queries, examples)`, the logarithms of factors of the examples,
+                broadcastable to that, or `None`, and a boolean likewise.
 
         Returns:
-            The kernel, zero where `visible` is False, and its sum along the last axis;
-            both may be off by one positive factor for each query. A sum of `None`
-            is one.
+            A list of the kernels of each part, zero where `visible` is False, and their
+            sum over all examples; both may be off by one positive factor for each query.
+            A sum of `None` is one.
         """
-        return kernels.masked_kernel(products, log_scale, visible)
+        return kernels.masked_kernel(parts)
 
     def attend(self, query, examples, weights, dropout, return_weights, flash_attention, form):
         """Values weighted by the kernel, normalised over what each query sees.
@@ -249,8 +248,8 @@ class Softmax(FeatureMap):
     def log_kernel(self, x, y, weights):
         return ops.einsum("bthd,bmhd->bhtm", x, y) * x.shape[-1] ** -0.5
 
-    def weigh(self, products, log_scale, visible):
-        return kernels.masked_softmax(products, log_scale, visible)
+    def weigh(self, parts):
+        return kernels.masked_softmax(parts)
 
     def attend(self, query, examples, weights, dropout, return_weights, flash_attention, form):
         scale = query.shape[-1] ** -0.5
@@ -418,9 +417,11 @@ class Taylor(FeatureMap):
     def dual_key(self, x, weights):
         return self.dual_query(x, weights), None
 
-    def weigh(self, products, log_scale, visible):
-        kernel = 1.0 + products + 0.5 * ops.square(products)
-        return super().weigh(kernel, log_scale, visible)
+    def weigh(self, parts):
+        def kernel(products, *rest):
+            return 1.0 + products + 0.5 * ops.square(products), *rest
+
+        return super().weigh([kernel(*part) for part in parts])
 
 
 @keras.saving.register_keras_serializable(package=descriptions.PACKAGE)

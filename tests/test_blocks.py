@@ -6,6 +6,7 @@ before projections, one trace for each shape.
 
 import dataclasses
 import math
+import re
 
 import backends
 import keras
@@ -666,6 +667,21 @@ def largest_tensor(jaxpr):
     return largest
 
 
+@pytest.mark.skipif(backends.BACKEND != "jax", reason="no other backend shows what it compiled")
+def test_gradients_of_examples_are_columns(heads_apart):
+    """XLA on a CPU takes five times as long for products that are as long as there are examples."""
+    import jax
+
+    def loss(*tensors):
+        return keras.ops.sum(ops.attention(*tensors, "softmax", form="blocks"))
+
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1, 2)))
+    compiled = gradients.lower(*arrays(40, 37, depth=6)).compile().as_text()
+    shapes = re.findall(r"= f32\[([\d,]+)\]\S* dot\(", compiled)
+    assert {"8,37", "6,37"} <= set(shapes)
+    assert "37,6" not in shapes
+
+
 RATE = 0.3
 #: A causal call of it is solved prefix by prefix.
 CAUSAL_BY_PREFIX = Primal("elu", "batch_norm")
@@ -687,6 +703,22 @@ def test_no_piece_drops_what_another_does(small_blocks, monkeypatch):
     output = backends.to_numpy(ops.attention(ones, ones[:, :1], ones[:, :1], "softmax", **options))
     # Two pieces, of three blocks.
     assert len(np.unique(output.reshape(6, -1), axis=0)) == 6
+
+
+def test_no_tensors_are_dropped_alike(monkeypatch):
+    """Nor those of own examples, next to the others, and of groups of heads."""
+    drop, drawn = keras.random.dropout, []
+
+    def record(x, rate, seed):
+        # Torch adds the two numbers up.
+        drawn.append(int(backends.to_numpy(seed.next()).sum()))
+        return drop(x, rate, seed=seed)
+
+    monkeypatch.setattr(keras.random, "dropout", record)
+    primal = Primal(training_set=ScaledHeads((1, 2, 3)))
+    options = {"is_causal": True, "form": "whole", "dropout": RATE, "seed": 3}
+    ops.attention(*arrays(21, heads=3), primal, **options)
+    assert len(set(drawn)) == len(drawn) == 1 + 2 + 2
 
 
 @pytest.mark.parametrize("form", ["whole", "blocks", "heads apart"])

@@ -5,6 +5,8 @@ from keras import ops
 
 #: Sets the seeds of blocks apart, further than calls count up; odd, so that none come back.
 _STRIDE = 1_000_003
+#: Sets own examples apart from all blocks of others: no multiple of what these are apart.
+_TO_OWN = 500_009
 #: Sets the blocks of pieces apart, further than blocks count up.
 _MOST_BLOCKS = 2**20
 
@@ -35,17 +37,24 @@ class Dropout:
 
     def of_block(self, index):
         """The dropout of a block of queries."""
-        if not isinstance(self.seed, _Given):
-            return self
-        stride = ops.convert_to_tensor([_STRIDE, 0], dtype=self.seed.value.dtype)
-        return type(self)(
-            self.rate, _Given(self.seed.value + ops.cast(index, stride.dtype) * stride)
-        )
+        return self._moved(index, _STRIDE)
 
     def of_piece(self, index):
         """The dropout of a piece of queries, an integer, which have blocks of their own."""
         # Torch adds the two numbers of a seed up: a piece that moved the other would meet blocks.
         return self.of_block(index * _MOST_BLOCKS)
+
+    def of_own(self):
+        """The dropout of the weights of own examples, next to those of all others."""
+        return self._moved(1, _TO_OWN)
+
+    def _moved(self, count, stride):
+        if not isinstance(self.seed, _Given):
+            return self
+        stride = ops.convert_to_tensor([stride, 0], dtype=self.seed.value.dtype)
+        return type(self)(
+            self.rate, _Given(self.seed.value + ops.cast(count, stride.dtype) * stride)
+        )
 
 
 def _draws_by_itself(seed):

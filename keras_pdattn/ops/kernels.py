@@ -1,5 +1,7 @@
 """Kernels, normalised over what each query sees."""
 
+import functools
+
 import keras
 from keras import ops
 
@@ -8,29 +10,58 @@ from keras_pdattn.ops.dtypes import accumulator, cast, exp_of_at_most_zero, noth
 from keras_pdattn.ops.indexing import append_axes
 
 
-def masked_softmax(logits, log_scale=None, visible=None):
-    """Softmax over the last axis as `(weights, total)`, the weights not yet over their total.
+def masked_softmax(parts):
+    """Softmax over the examples of all parts, as `(weights, total)`, not yet over their total.
 
-    The total is infinite in a row that sees nothing, which makes zeros of its weights,
-    and `None` where there is nothing left to divide by.
+    Args:
+        parts: for each part of the examples `(logits, log_scale, visible)`, tensors
+            `(..., queries, examples)` or broadcastable to that; the latter two may be `None`.
+
+    Returns:
+        A list of the weights of each part, and the total of all, `(..., queries, 1)`: infinite
+        for a query that sees nothing, which makes zeros of its weights, and `None` where there is
+        nothing left to divide by.
     """
+    logits = [_seen_logits(*part) for part in parts]
+    if len(parts) > 1 or keras.backend.backend() == "jax":
+        # To divide the output and not the weights saves XLA passes over all pairs.
+        largest = _largest(logits)
+        weights = [ops.exp(x - largest) for x in logits]
+        total = _total(weights)
+    else:
+        weights, total = [_softmax(logits[0])], None
+    sighted = _sighted([visible for _, _, visible in parts])
+    if sighted is not None:
+        total = ops.ones_like(weights[0][..., :1]) if total is None else total
+        total = ops.where(sighted, total, float("inf"))
+        total = ops.cast(total, logits[0].dtype)
+    return weights, total
+
+
+def _seen_logits(logits, log_scale, visible):
     if log_scale is not None:
         logits = logits + log_scale
-    if visible is not None:
-        logits = ops.where(visible, logits, nothing())
-    if keras.backend.backend() == "jax":
-        # To divide the output and not the weights saves XLA passes over all pairs.
-        largest = ops.stop_gradient(native.largest(logits, axis=-1, keepdims=True))
-        weights = ops.exp(logits - largest)
-        total = ops.sum(weights, axis=-1, keepdims=True)
-    else:
-        weights, total = _softmax(logits), None
-    if visible is not None:
-        sighted = ops.any(visible, axis=-1, keepdims=True)
-        total = ops.ones_like(weights[..., :1]) if total is None else total
-        total = ops.where(sighted, total, float("inf"))
-        total = ops.cast(total, logits.dtype)
-    return weights, total
+    return logits if visible is None else ops.where(visible, logits, nothing())
+
+
+def _largest(parts):
+    """Of all parts, along the last axis; without a gradient."""
+    found = [native.largest(x, axis=-1, keepdims=True) for x in parts]
+    # Not `ops.maximum`, which computes float64 in float32 on some backends.
+    joined = native.concatenate(found, axis=-1)
+    return ops.stop_gradient(native.largest(joined, axis=-1, keepdims=True))
+
+
+def _total(parts):
+    return functools.reduce(ops.add, [ops.sum(x, axis=-1, keepdims=True) for x in parts])
+
+
+def _sighted(visible):
+    """Which queries see anything of any part; `None` if all do."""
+    if any(part is None for part in visible):
+        return None
+    found = [ops.any(part, axis=-1, keepdims=True) for part in visible]
+    return functools.reduce(ops.logical_or, found)
 
 
 def _softmax(logits):
@@ -40,15 +71,26 @@ def _softmax(logits):
     return ops.softmax(logits, axis=-1)
 
 
-def masked_kernel(kernel, log_scale=None, visible=None):
-    """`kernel`, each example's times `exp(log_scale)`, and its sum along the last axis."""
+def masked_kernel(parts):
+    """Kernels, each example's times `exp(log_scale)`, and their sum over all parts.
+
+    Args:
+        parts: as for `masked_softmax`, with kernels for logits.
+
+    Returns:
+        A list of the kernels of each part, zero of what is not seen, and their total.
+    """
+    largest = None
+    if parts[0][1] is not None:
+        largest = _largest([_seen_logits(scale, None, visible) for _, scale, visible in parts])
+    weights = [_seen_kernel(*part, largest) for part in parts]
+    return weights, _total(weights)
+
+
+def _seen_kernel(kernel, log_scale, visible, largest):
     if log_scale is not None:
-        seen = log_scale if visible is None else ops.where(visible, log_scale, nothing())
-        largest = ops.stop_gradient(native.largest(seen, axis=-1, keepdims=True))
         kernel = kernel * exp_of_at_most_zero(log_scale - largest)
-    if visible is not None:
-        kernel = ops.where(visible, kernel, 0.0)
-    return kernel, ops.sum(kernel, axis=-1, keepdims=True)
+    return kernel if visible is None else ops.where(visible, kernel, 0.0)
 
 
 def share(part, total=None):
@@ -61,14 +103,14 @@ def share(part, total=None):
     return native.ratio(part, native.one_for_less(total, least))
 
 
-def weighted_sums(weights, total, dropout, multiply, dtype):
+def weighted_sums(weights, total, dropouts, multiply, dtype):
     """Sums of values times weights, and what is yet to `share` them.
 
     Args:
-        weights: tensor `(..., queries, examples)`.
+        weights: for each part of the examples a tensor `(..., queries, examples)`.
         total: their sum, `(..., queries, 1)`; or `None` if that is 1.
-        dropout: function that drops entries of a tensor, or `None`.
-        multiply: function from weights to the sums of values that these weigh.
+        dropouts: for each part a function that drops entries of a tensor; or `None`.
+        multiply: function from such weights to the sums of values that these weigh.
         dtype: that of the values.
 
     Returns:
@@ -76,9 +118,10 @@ def weighted_sums(weights, total, dropout, multiply, dtype):
     """
     if accumulator(dtype) != keras.backend.standardize_dtype(dtype):
         # Sums of what is not normalised may be beyond the range of 16 bits.
-        weights, total = share(weights, total), None
-    kept = weights if dropout is None else dropout(weights)
-    sums = multiply(cast(kept, dtype))
+        weights, total = [share(part, total) for part in weights], None
+    if dropouts is not None:
+        weights = [dropout(part) for dropout, part in zip(dropouts, weights)]
+    sums = multiply([cast(part, dtype) for part in weights])
     return (sums,) if total is None else (sums, total)
 
 
