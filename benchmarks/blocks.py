@@ -14,13 +14,19 @@ from benchmarks.compiled import PASSES
 from benchmarks.speed import times
 from keras_pdattn.ops import dual
 
-#: Values of `MOST_WEIGHTS`, `MOST_ROWS` and `MOST_OF_HEAD`, as exponents of 2.
-SETTINGS = [(21, 11, 40), (22, 10, 40), (22, 11, 40), (22, 11, 19), (22, 11, 20), (22, 11, 21)]
+#: Constants of `dual`, and values of them, as exponents of 2; no head has 2^40 weights.
+NAMES = ("MOST_WEIGHTS", "MOST_ROWS", "LEAST_APART", "MOST_OF_HEAD")
+SETTINGS = [
+    *((21, 11, 40, 20), (22, 10, 40, 20), (22, 11, 40, 20)),
+    *((22, 11, 16, 20), (22, 11, 18, 20), (22, 11, 20, 20)),
+    *((22, 11, 18, 19), (22, 11, 18, 21)),
+]
 
 
 def step_of(member, which, length, setting):
-    """A pass of a layer, in blocks of so many weights and rows, and weights of one head."""
-    dual.MOST_WEIGHTS, dual.MOST_ROWS, dual.MOST_OF_HEAD = (2**exponent for exponent in setting)
+    """A pass of a layer with these constants."""
+    for name, exponent in zip(NAMES, setting):
+        setattr(dual, name, 2**exponent)
     x = inputs(length)
     layer = CASES[member].ours()
     layer.build(x.shape, x.shape)
@@ -32,12 +38,10 @@ def step_of(member, which, length, setting):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--members", nargs="+", default=["softmax", "Attention-SH"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--lengths", nargs="+", type=int, default=[512, 1024, 2048, 4096])
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args(arguments)
-    title = (
-        f"Median milliseconds by weights, rows, weights of one head on {keras.backend.backend()}"
-    )
+    title = f"Median milliseconds by {', '.join(NAMES)} on {keras.backend.backend()}"
     table = Table(title=title)
     for column in ("member", "pass"):
         table.add_column(column)

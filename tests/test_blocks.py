@@ -570,6 +570,8 @@ def test_the_kernel_is_taken(monkeypatch):
 def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     """The choice is made from lengths; a short sequence is not cut up."""
     monkeypatch.setattr(dual, "TIMES_ON_GPU", 1)
+    monkeypatch.setattr(native, "runs_on_gpu", lambda: False)
+    is_apart = backends.BACKEND != "torch"
     assert dual.dual_form((1, 64, 8, 32), 64) == "whole"
     assert dual.dual_form((1, 4096, 8, 32), 4096) == "blocks"
     assert dual.dual_form((None, None, 8, 32), None) == "blocks"
@@ -577,7 +579,8 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     assert dual.dual_form((1, 1, 8, 32), None) == "whole"
     assert dual.dual_form((1, 1, 8, 32), 10**7) == "whole"
     # What fits into one block is not worked again in a backward pass.
-    assert dual.dual_form((1, 2048, 1, 32), 2048) == "whole"
+    assert dual.dual_form((1, 128, 8, 32), 2047) == "whole"
+    assert dual.dual_form((1, 2048, 1, 32), 2048) == ("blocks" if is_apart else "whole")
     assert dual.dual_form((1, 2049, 1, 32), 2048) == "blocks"
     assert dual.dual_form((None, 2048, 1, 32), 2048) == "blocks"
     # Many short sequences together are as much as a long one.
@@ -587,11 +590,10 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
         size = dual.block_size(1, 8, 10**6, num_examples)
         assert dual.LEAST_BLOCK <= size <= dual.MOST_ROWS // 8
         assert size % dual.ROWS_AT_ONCE == 0
-    # A head that fills blocks alone takes as many weights at once, whatever others there are.
-    is_apart = backends.BACKEND != "torch"
-    monkeypatch.setattr(native, "runs_on_gpu", lambda: False)
-    assert dual.takes_heads_apart(1024, 1024) is is_apart
-    assert not dual.takes_heads_apart(1024, 1023)
+    # A head with many weights takes as many at once, whatever others there are.
+    assert dual.takes_heads_apart(512, 512) is is_apart
+    assert dual.dual_form((1, 512, 8, 32), 512) == ("blocks" if is_apart else "whole")
+    assert not dual.takes_heads_apart(512, 511)
     assert not dual.takes_heads_apart(None, 4096)
     assert not dual.takes_heads_apart(4096, None)
     assert dual.block_of_head(4096, 1024) == 1024

@@ -316,16 +316,19 @@ def test_a_converted_gpt2_generates(name):
     np.testing.assert_array_equal(tokens, uncached(converted))
 
 
+SAMPLERS = {"top_k": lambda: keras_hub.samplers.TopKSampler(k=3, seed=0), "beam": lambda: "beam"}
+
+
 @few_where_compiled("name", list(CAUSAL), few=CACHES)
-def test_other_samplers_take_every_kind_of_cache(name):
+@few_where_compiled("sampler", SAMPLERS, few=["beam"])
+def test_other_samplers_take_every_kind_of_cache(name, sampler):
     """A beam reorders them."""
     model = keras_hub.models.GPT2CausalLM(backbone=backbone("GPT2")[0], preprocessor=None)
     converted = randomized(keras_pdattn.convert(model, CAUSAL[name]))
-    for sampler in (keras_hub.samplers.TopKSampler(k=3, seed=0), "beam"):
-        converted.compile(sampler=sampler)
-        tokens = values(converted.generate(PROMPT, stop_token_ids=None)["token_ids"])
-        assert (tokens[PROMPTS > 0] == PROMPTS[PROMPTS > 0]).all()
-        assert (tokens > 0).any(axis=0)[4:].all()
+    converted.compile(sampler=sampler())
+    tokens = values(converted.generate(PROMPT, stop_token_ids=None)["token_ids"])
+    assert (tokens[PROMPTS > 0] == PROMPTS[PROMPTS > 0]).all()
+    assert (tokens > 0).any(axis=0)[4:].all()
 
 
 def test_a_converted_gpt2_keeps_its_tokenizer_and_is_saved(tmp_path):

@@ -18,8 +18,9 @@ from keras_pdattn.ops.windows import banded_attention
 #: the next are what `benchmarks/blocks.py` measures.
 MOST_WEIGHTS, MOST_ROWS = 2**22, 2**11
 LEAST_BLOCK = 32
-#: How many weights of one head at once, and the least queries: if a head has as many weights, XLA
-#: on a CPU is faster with one after the other, whose weights stay in its caches.
+#: From how many weights of one head on XLA on a CPU is faster with one after the other, whose
+#: weights stay in its caches; how many at once, and the least queries of these.
+LEAST_APART = 2**18
 MOST_OF_HEAD, LEAST_OF_HEAD = 2**20, 64
 #: Into how many pieces causal queries are cut at most, and for how many queries there is one.
 MOST_PIECES, LEAST_PIECE = 4, 1024
@@ -260,11 +261,11 @@ def _attend_block_by_block(operands, seen, weigh, dropout, block):
 
 
 def takes_heads_apart(length, num_examples):
-    """Whether one head after the other is worked, as one fills blocks that are large enough."""
+    """Whether one head after the other is worked."""
     if native.IS_TORCH or native.runs_on_gpu():
         return False
     is_known = isinstance(length, int) and isinstance(num_examples, int)
-    return is_known and length * num_examples >= MOST_OF_HEAD
+    return is_known and length * num_examples >= LEAST_APART
 
 
 def block_of_head(length, num_examples):
@@ -300,7 +301,7 @@ def dual_form(query_shape, num_examples):
         return "blocks"
     if length <= 2 * LEAST_BLOCK:
         return "whole"
-    if not isinstance(num_examples, int):
+    if not isinstance(num_examples, int) or takes_heads_apart(length, num_examples):
         return "blocks"
     times, of_head = _times(), length * num_examples
     is_short = num_heads * of_head <= times * MOST_WHOLE
