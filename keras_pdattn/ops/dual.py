@@ -114,8 +114,9 @@ def _einsum_of_heads(equation, x, y):
 
     One head alone is given as matrices: only in their products does XLA on a CPU choose which
     side comes first, and the gradient of columns takes a fifth of the time if these come last.
+    Not on torch, which would export models that take one sequence alone.
     """
-    if x.shape[:2] == y.shape[:2] == (1, 1):
+    if not native.IS_TORCH and x.shape[:2] == y.shape[:2] == (1, 1):
         product = ops.einsum(equation, x[0, 0], y[0, 0])
         return ops.expand_dims(product, axis=(0, 1))
     equation = equation.replace(",", ",bh").replace("->", "->bh")
