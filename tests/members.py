@@ -153,7 +153,7 @@ FEW = [
     _named("elu"),
     _named("random", "conv_bn", "scaled"),
 ]
-if backends.BACKEND != "jax":
+if backends.BACKEND == "torch":
     FEW += [_named("softmax"), _named("taylor", "window")]
 
 

@@ -12,7 +12,7 @@ import backends
 import keras
 import numpy as np
 import pytest
-from members import every_member_compiled, few_where_compiled
+from members import FEW, MEMBERS, few_where_compiled
 from problems import assert_close
 from test_forms import arrays, check_same, value_and_gradients
 
@@ -344,7 +344,7 @@ only_on_jax = pytest.mark.skipif(
 @only_on_jax
 @few_where_compiled("lengths", [(1, 1), (18, 21), (25, 25)], few=[(1, 1), (18, 21)])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
-@pytest.mark.parametrize("scales", [(2, 3), (3, 2, 1)], ids=str)
+@few_where_compiled("scales", [(2, 3), (3, 2, 1)], few=[(3, 2, 1)])
 @pytest.mark.parametrize("transform", [None, BatchNorm(epsilon=0.1)], ids=str)
 def test_groups_by_one_kernel(on_gpu, transform, scales, is_causal, lengths):
     """One call for all heads, of which three in two groups are not even."""
@@ -378,6 +378,10 @@ def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
 
     monkeypatch.setattr(fused, "_answer_together", record)
     inputs, key_mask = arrays(64), np.arange(64)[None] < 60
+
+    def attend(primal, **options):
+        return backends.jitted(lambda *x: ops.attention(*x, primal, **options))(*inputs)
+
     for options in (
         {"key_mask": key_mask},
         {"key_mask": key_mask, "is_causal": True},
@@ -388,33 +392,31 @@ def test_groups_that_one_kernel_does_not_take(on_gpu, monkeypatch):
         {"flash_attention": False},
         {"query_start": 3, "is_causal": True},
     ):
-        ops.attention(*inputs, OWN, **options)
-    ops.attention(*inputs, Primal(HalfAsSharp(), training_set=ScaledHeads((1, 3))))
+        attend(OWN, **options)
+    attend(Primal(HalfAsSharp(), training_set=ScaledHeads((1, 3))))
     far_apart = Primal(training_set=ScaledHeads((1, 64)))
-    ops.attention(*inputs, far_apart, is_causal=True)
-    ops.attention(*inputs, "softmax")
-    ops.attention(*inputs, Primal("elu", training_set=ScaledHeads((1, 3))))
+    attend(far_apart, is_causal=True)
+    attend("softmax")
+    attend(Primal("elu", training_set=ScaledHeads((1, 3))))
     assert not together
-    ops.attention(*inputs, far_apart)
+    attend(far_apart)
     assert together == [2]
     # Enough queries for a GPU as they are: only those of one length are not filled up for it.
     monkeypatch.setattr(fused, "MOST_FILLED", 64)
-    ops.attention(*inputs, OWN, is_causal=True)
+    attend(OWN, is_causal=True)
     assert together == [2]
-    ops.attention(*inputs, OWN)
+    attend(OWN)
     assert together == [2, 2]
     monkeypatch.setattr(native.jax_native, "has_cudnn", lambda dtype, depth: False)
-    ops.attention(*inputs, far_apart)
+    attend(far_apart)
     assert together == [2, 2]
 
 
 @only_on_jax
-@few_where_compiled(
-    "kind", ["plain", "padded", "masked", "by head"], few=["plain", "padded", "by head"]
-)
+@few_where_compiled("kind", ["plain", "padded", "masked", "by head"], few=["padded", "by head"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
 @pytest.mark.parametrize("primal", [Primal(), OWN], ids=str)
-@pytest.mark.parametrize("lengths", [(21, 18), (18, 21)], ids=str)
+@few_where_compiled("lengths", [(21, 18), (18, 21)], few=[(21, 18)])
 def test_shapes_that_cudnn_takes_in_jax(on_gpu, primal, is_causal, kind, lengths):
     """Even lengths, and masks of queries times keys, whatever limits queries."""
     inputs = arrays(*lengths, batch=2)
@@ -795,7 +797,7 @@ def eager_gradients(function, array):
     return backends.gradients(function, [array])
 
 
-@every_member_compiled
+@few_where_compiled("member", MEMBERS, few=[FEW[0], FEW[-1]])
 def test_layers_train_with_dropout_in_blocks(small_blocks, member):
     """Under the compiler that `fit` takes, with padding and a causal mask."""
     inputs = keras.Input((None, 12))
@@ -810,7 +812,9 @@ def test_layers_train_with_dropout_in_blocks(small_blocks, member):
 
 
 @pytest.mark.parametrize("reduction", ["mean", "first"])
-@pytest.mark.parametrize("primal", ["softmax", "batch_norm", "conv1d", "linear"])
+@few_where_compiled(
+    "primal", ["softmax", "batch_norm", "conv1d", "linear"], few=["batch_norm", "conv1d"]
+)
 def test_means_may_come_before_projections(monkeypatch, primal, reduction):
     """Averages of projected keys are projections of averages, padding and all."""
     monkeypatch.setattr(projections, "are_better_late", lambda weight, sizes: True)

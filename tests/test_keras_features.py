@@ -28,7 +28,7 @@ PRIMALS = {
     "window": Primal(training_set=training_sets.SlidingWindow(3)),
     "conv1d": "conv1d",
 }
-every_primal = few_where_compiled("primal", PRIMALS, few=["both", "linear", "window", "conv1d"])
+every_primal = few_where_compiled("primal", PRIMALS, few=["both", "linear", "window"])
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(2, 7, 12)).astype("float32")
 
@@ -124,13 +124,16 @@ def test_a_quantized_backbone_is_saved(primal, tmp_path):
     np.testing.assert_allclose(embedded(loaded), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize(
-    ("primal", "policy"),
-    [(primal, "mixed_bfloat16") for primal in PRIMALS.values()]
-    + [("batch_norm", "mixed_float16"), ("scaled_head", "bfloat16")],
-)
-def test_policies_reach_every_sublayer(primal, policy):
-    policy = keras.DTypePolicy(policy)
+POLICIES = {
+    **{name: (primal, "mixed_bfloat16") for name, primal in PRIMALS.items()},
+    "mixed_float16": ("batch_norm", "mixed_float16"),
+    "bfloat16": ("scaled_head", "bfloat16"),
+}
+
+
+@few_where_compiled("case", POLICIES, few=["conv1d", "mixed_float16", "bfloat16"])
+def test_policies_reach_every_sublayer(case):
+    primal, policy = case[0], keras.DTypePolicy(case[1])
     for block in (
         layers.PrimalDualAttention(4, 6, primal=primal, dtype=policy),
         layers.TransformerEncoder(16, 4, primal=primal, dtype=policy),
@@ -255,11 +258,17 @@ def through_the_compiler(function):
     return backends.compiled(function)
 
 
-#: Torch takes half a minute to trace some of the others.
-COMPILED = ["softmax", "linear"] if backends.BACKEND == "torch" else list(PRIMALS)
+#: Torch takes half a minute to trace each.
+COMPILED = ["linear"] if backends.BACKEND == "torch" else ["both", "linear", "window"]
 
 
-@pytest.mark.parametrize("primal", [PRIMALS[name] for name in COMPILED], ids=COMPILED)
+@pytest.mark.parametrize(
+    "primal",
+    [
+        pytest.param(primal, marks=[] if name in COMPILED else pytest.mark.slow, id=name)
+        for name, primal in PRIMALS.items()
+    ],
+)
 def test_blocks_and_caches_under_the_compiler(primal):
     encoder = layers.TransformerEncoder(16, 4, primal=primal)
     decoder = layers.TransformerDecoder(16, 4, primal=primal)
