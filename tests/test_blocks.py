@@ -51,7 +51,7 @@ def small_blocks(monkeypatch):
 @pytest.fixture
 def heads_apart(small_blocks, monkeypatch):
     """One head of one sequence after the other, in such blocks."""
-    monkeypatch.setattr(dual, "takes_heads_apart", lambda length, num_examples: True)
+    monkeypatch.setattr(dual, "takes_heads_apart", lambda *arguments: True)
     monkeypatch.setattr(dual, "MOST_OF_HEAD", 0)
     monkeypatch.setattr(dual, "LEAST_OF_HEAD", 8)
 
@@ -463,8 +463,9 @@ def test_own_examples_of_any_depth(small_blocks, kind, depths):
     assert_close(backends.to_numpy(fastest), backends.to_numpy(whole), 1e-5)
 
 
+@pytest.mark.parametrize("feature_map", ["softmax", "elu", "positive_random"])
 @pytest.mark.parametrize("is_causal", [False, True], ids=["whole", "causal"])
-def test_own_examples_that_users_give(small_blocks, is_causal):
+def test_own_examples_that_users_give(small_blocks, is_causal, feature_map):
     """A key of each query's own besides all others, that of scaled heads or not."""
 
     class Sink(TrainingSet):
@@ -475,12 +476,33 @@ def test_own_examples_that_users_give(small_blocks, is_causal):
         def has_causal_form(self, num_axes):
             return True
 
-    inputs = arrays(21, batch=2)
-    whole, fastest = (
-        ops.attention(*inputs, Primal(training_set=Sink()), is_causal=is_causal, form=form)
-        for form in ("whole", None)
+    inputs, primal = arrays(21, batch=2), Primal(feature_map, training_set=Sink())
+    whole, *others = (
+        ops.attention(*inputs, primal, is_causal=is_causal, form=form)
+        for form in ("whole", "blocks", None)
     )
-    assert_close(backends.to_numpy(fastest), backends.to_numpy(whole), 1e-5)
+    for other in others:
+        assert_close(backends.to_numpy(other), backends.to_numpy(whole), 1e-5)
+
+
+class TwiceAsSharp(feature_maps.Softmax):
+    """A user's kernel, of which `weigh` alone is another."""
+
+    def weigh(self, parts):
+        return super().weigh([(2 * products, *rest) for products, *rest in parts])
+
+
+@pytest.mark.parametrize("form", ["whole", "blocks"])
+def test_a_user_weighs_own_examples_like_all_others(small_blocks, form):
+    query, key, value = arrays(21, batch=2)
+    found, expected = (
+        ops.attention(x, key, value, Primal(kernel, training_set=ScaledHeads((1, 3))), **options)
+        for x, kernel, options in (
+            (query, TwiceAsSharp(), {"is_causal": True, "form": form}),
+            (2 * query, "softmax", {"is_causal": True, "form": "whole"}),
+        )
+    )
+    assert_close(backends.to_numpy(found), backends.to_numpy(expected), 1e-5)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, slots=True)
@@ -581,7 +603,7 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     assert dual.dual_form((1, 1, 8, 32), None) == "whole"
     assert dual.dual_form((1, 1, 8, 32), 10**7) == "whole"
     # What fits into one block is not worked again in a backward pass.
-    assert dual.dual_form((1, 128, 8, 32), 2047) == "whole"
+    assert dual.dual_form((1, 128, 16, 32), 2047) == "whole"
     assert dual.dual_form((1, 2048, 1, 32), 2048) == ("blocks" if is_apart else "whole")
     assert dual.dual_form((1, 2049, 1, 32), 2048) == "blocks"
     assert dual.dual_form((None, 2048, 1, 32), 2048) == "blocks"
@@ -595,6 +617,8 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     # A head with many weights takes as many at once, whatever others there are.
     assert dual.takes_heads_apart(512, 512) is is_apart
     assert dual.dual_form((1, 512, 8, 32), 512) == ("blocks" if is_apart else "whole")
+    # A loop would be compiled for each call that is not.
+    assert dual.dual_form((1, 512, 8, 32), 512, is_eager=True) == "whole"
     assert not dual.takes_heads_apart(512, 511)
     assert not dual.takes_heads_apart(None, 4096)
     assert not dual.takes_heads_apart(4096, None)

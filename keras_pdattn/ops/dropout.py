@@ -5,8 +5,8 @@ from keras import ops
 
 #: Sets the seeds of blocks apart, further than calls count up; odd, so that none come back.
 _STRIDE = 1_000_003
-#: Sets own examples apart from all blocks of others: no multiple of what these are apart.
-_TO_OWN = 500_009
+#: Sets parts of the examples apart, and from all blocks: no multiple of what these are apart.
+_BETWEEN_PARTS = 500_009
 #: Sets the blocks of pieces apart, further than blocks count up.
 _MOST_BLOCKS = 2**20
 
@@ -44,9 +44,9 @@ class Dropout:
         # Torch adds the two numbers of a seed up: a piece that moved the other would meet blocks.
         return self.of_block(index * _MOST_BLOCKS)
 
-    def of_own(self):
-        """The dropout of the weights of own examples, next to those of all others."""
-        return self._moved(1, _TO_OWN)
+    def of_part(self, index):
+        """The dropout of the weights of a part of the examples, an integer."""
+        return self._moved(index, _BETWEEN_PARTS) if index else self
 
     def _moved(self, count, stride):
         if not isinstance(self.seed, _Given):

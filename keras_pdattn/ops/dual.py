@@ -94,12 +94,14 @@ class Operands:
             # No column of the others: to join them takes longer than these themselves.
             products = ops.sum(self.query * self.own_key, axis=-1)
             own = products, self.own_log_scale, examples.own.visibility()
-            parts.append([None if x is None else ops.expand_dims(x, axis=-1) for x in own])
+            parts.append(tuple(None if x is None else ops.expand_dims(x, axis=-1) for x in own))
         return weigh(parts)
 
     def weighted_values(self, weights, total, dropout=None):
         """Sums of values, `(B, H, T, Dv)`, and what is yet to share them; see `weighted_sums`."""
-        dropouts = None if dropout is None else (dropout, dropout.of_own())
+        dropouts = None
+        if dropout is not None:
+            dropouts = [dropout.of_part(index) for index in range(len(weights))]
 
         def multiply(weights):
             weights, *of_own = weights
@@ -158,7 +160,7 @@ def dual_attention(query, examples, weigh, dropout=None, return_weights=True, fo
             return dual_attention(query, examples, weigh, dropout, False, form="whole")[0]
 
         return banded_attention(query, examples, attend), None, None
-    form = form or dual_form(query.shape, examples.key.shape[1])
+    form = form or dual_form(query.shape, examples.key.shape[1], native.is_eager(query))
     in_blocks = form == "blocks" and not return_weights
     pieces = causal_pieces(query.shape[1], examples) if in_blocks else []
     if len(pieces) > 1:
@@ -204,7 +206,7 @@ def _attend_in_blocks(operands, examples, weigh, dropout):
     """The output, `(B, H, T, Dv)`, for one block of queries after the other."""
     batch, num_heads, length, _ = operands.query.shape
     num_examples = operands.key.shape[3]
-    are_apart = takes_heads_apart(length, num_examples)
+    are_apart = takes_heads_apart(length, num_examples, native.is_eager(operands.query))
     if are_apart:
         block = block_of_head(length, num_examples)
     else:
@@ -261,9 +263,9 @@ def _attend_block_by_block(operands, seen, weigh, dropout, block):
     return share(*map_blocks(attend, tensors, by_query, length, block))
 
 
-def takes_heads_apart(length, num_examples):
-    """Whether one head after the other is worked."""
-    if native.IS_TORCH or native.runs_on_gpu():
+def takes_heads_apart(length, num_examples, is_eager=False):
+    """Whether one head after the other is worked; not if operations run as they come."""
+    if is_eager or native.IS_TORCH or native.runs_on_gpu():
         return False
     is_known = isinstance(length, int) and isinstance(num_examples, int)
     return is_known and length * num_examples >= LEAST_APART
@@ -293,7 +295,7 @@ def _even_block(length, most):
     return max(num_blocks(length, count * ROWS_AT_ONCE), 1) * ROWS_AT_ONCE
 
 
-def dual_form(query_shape, num_examples):
+def dual_form(query_shape, num_examples, is_eager=False):
     """Whether to write down weights `"whole"` or in `"blocks"`, `query_shape` as `(B, T, H, F)`."""
     batch, length, num_heads, _ = query_shape
     if native.is_tracing():
@@ -302,7 +304,7 @@ def dual_form(query_shape, num_examples):
         return "blocks"
     if length <= 2 * LEAST_BLOCK:
         return "whole"
-    if not isinstance(num_examples, int) or takes_heads_apart(length, num_examples):
+    if not isinstance(num_examples, int) or takes_heads_apart(length, num_examples, is_eager):
         return "blocks"
     times, of_head = _times(), length * num_examples
     is_short = num_heads * of_head <= times * MOST_WHOLE

@@ -23,6 +23,10 @@ def has_cudnn(dtype, depth):
     return True
 
 
+def is_eager(x):
+    return not isinstance(x, jax.core.Tracer)
+
+
 @jax.custom_jvp
 def ratio(part, total):
     """`part / total`, whose gradient divides by `total` twice and not by its square.

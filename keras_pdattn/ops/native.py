@@ -235,6 +235,13 @@ def at_most(x, most):
     return x.clamp(max=most) if IS_TORCH else ops.minimum(x, most)
 
 
+def is_eager(x):
+    """Whether operations on `x` run as they come, those of loops compiled anew at each call."""
+    if IS_TORCH:
+        return is_eager_torch()
+    return tensorflow_native.is_eager() if IS_TENSORFLOW else jax_native.is_eager(x)
+
+
 def is_eager_torch():
     """Whether torch runs operations as they come, one pass over tensors each."""
     return IS_TORCH and not (torch_native.is_compiling() or torch_native.is_tracing())

@@ -110,18 +110,19 @@ def primal_attention(query, examples):
         log_scale = ops.where(append_axes(examples.mask, 1), log_scale, nothing())
     if examples.is_causal:
         sums, log_factor = causal_sums(query, key, value, log_scale, examples)
-        if examples.own is not None:
-            sums = _add_own(sums, log_factor, query, examples.own)
         output, total = native.split(sums, [value.shape[-1], 1], axis=-1)
     else:
+        log_factor = None
         if log_scale is not None:
-            largest = ops.stop_gradient(native.largest(log_scale, axis=1, keepdims=True))
-            key = key * append_axes(ops.exp(log_scale - largest), 1)
-        query, key_sum = ops.swapaxes(query, 1, 2), append_axes(ops.sum(key, axis=1), 1)
+            log_factor = ops.stop_gradient(native.largest(log_scale, axis=1, keepdims=True))
+            key = key * append_axes(ops.exp(log_scale - log_factor), 1)
+        by_head, key_sum = ops.swapaxes(query, 1, 2), append_axes(ops.sum(key, axis=1), 1)
         state = _state(key, key_sum, value, examples.projections)
         # Not `ops.matmul`, which computes float64 in float32 on some backends.
-        sums = (ops.einsum("bhtf,bhfd->bhtd", query, x) for x in (state, key_sum))
+        sums = (ops.einsum("bhtf,bhfd->bhtd", by_head, x) for x in (state, key_sum))
         output, total = (ops.swapaxes(x, 1, 2) for x in sums)
+    if examples.own is not None:
+        output, total = _with_own(output, total, log_factor, query, examples.own)
     return cast(share(output, total), examples.value_dtype)
 
 
@@ -205,17 +206,18 @@ def _seen_in_chunk(rows, chunk, examples):
     return ops.arange(chunk, dtype="int32") < ops.expand_dims(limit, axis=1)
 
 
-def _add_own(sums, log_factor, query, own):
-    """Adds each query's own example to its sums, which carry a factor then that cancels."""
+def _with_own(output, total, log_factor, query, own):
+    """Sums, and each query's own example besides; all less a factor then that cancels."""
     key, log_scale = zero_where_masked(own.key, own.mask), own.log_scale
     kernel = ops.sum(query * key, axis=-1)
     if log_scale is not None:
         if own.mask is not None:
             log_scale = ops.where(append_axes(own.mask, 1), log_scale, nothing())
         largest = ops.stop_gradient(ops.maximum(log_factor, log_scale))
-        sums = sums * append_axes(ops.exp(log_factor - largest), 1)
+        output, total = (x * append_axes(ops.exp(log_factor - largest), 1) for x in (output, total))
         kernel = kernel * ops.exp(log_scale - largest)
-    return sums + append_axes(kernel, 1) * with_ones(widen(own.value))
+    kernel = append_axes(kernel, 1)
+    return output + kernel * widen(own.value), total + kernel
 
 
 def _states(key, value):

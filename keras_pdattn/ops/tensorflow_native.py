@@ -5,10 +5,14 @@ from keras import ops
 from tensorflow.autograph.experimental import do_not_convert
 
 
+def is_eager():
+    return tf.executing_eagerly()
+
+
 def map(function, xs):
     # Run eagerly, `ops.map` rewrites the code of all that is called, for several times as long as
     # the work takes, and works the first entry twice.
-    if tf.executing_eagerly():
+    if is_eager():
         found = [function(x) for x in zip(*(tf.unstack(x) for x in xs))]
         return tf.nest.map_structure(lambda *parts: tf.stack(parts), *found)
     return ops.map(do_not_convert(function), xs)
