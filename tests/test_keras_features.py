@@ -229,24 +229,43 @@ def test_onnx_takes_any_length_or_is_refused(member, use_causal_mask, tmp_path):
         np.testing.assert_allclose(output, values(model(x)), rtol=0, atol=1e-5)
 
 
-@pytest.mark.skipif(backends.BACKEND != "tensorflow", reason="Needs TensorFlow, or litert-torch")
+def check_litert(model, x, path):
+    """The interpreter, with no operations of TensorFlow's in it, gives what the model does."""
+    import tensorflow as tf
+
+    model.export(path, format="litert", verbose=False)
+    builtin = tf.lite.experimental.OpResolverType.BUILTIN_WITHOUT_DEFAULT_DELEGATES
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        interpreter = tf.lite.Interpreter(str(path), experimental_op_resolver_type=builtin)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], x)
+    interpreter.invoke()
+    output = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    np.testing.assert_allclose(output, values(model(x)), rtol=0, atol=1e-5)
+
+
+needs_litert = pytest.mark.skipif(
+    backends.BACKEND != "tensorflow", reason="Needs TensorFlow, or litert-torch"
+)
+
+
+@needs_litert
 @pytest.mark.parametrize("use_causal_mask", [False, True], ids=["whole", "causal"])
 @every_primal
 def test_litert_runs_a_known_length(primal, use_causal_mask, tmp_path):
-    import tensorflow as tf
-
     inputs = keras.Input((7, 12), batch_size=1)
     layer = layers.PrimalDualAttention(4, 6, primal=primal)
     model = keras.Model(inputs, layer(inputs, inputs, use_causal_mask=use_causal_mask))
-    model.export(tmp_path / "model.tflite", format="litert", verbose=False)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
-        interpreter = tf.lite.Interpreter(str(tmp_path / "model.tflite"))
-    interpreter.allocate_tensors()
-    interpreter.set_tensor(interpreter.get_input_details()[0]["index"], X[:1])
-    interpreter.invoke()
-    output = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
-    np.testing.assert_allclose(output, values(model(X[:1])), rtol=0, atol=1e-5)
+    check_litert(model, X[:1], tmp_path / "model.tflite")
+
+
+@needs_litert
+def test_litert_loops_over_a_long_sequence(tmp_path):
+    inputs = keras.Input((520, 12), batch_size=1)
+    model = keras.Model(inputs, layers.PrimalDualAttention(2, 6)(inputs, inputs))
+    x = np.random.default_rng(0).normal(size=(1, 520, 12)).astype("float32")
+    check_litert(model, x, tmp_path / "model.tflite")
 
 
 def through_the_compiler(function):

@@ -26,7 +26,8 @@ MOST_OF_HEAD, LEAST_OF_HEAD = 2**20, 64
 MOST_PIECES, LEAST_PIECE = 4, 1024
 #: What queries of a block are a multiple of, which matrix products take together.
 ROWS_AT_ONCE = 8
-#: Up to how many weights of one sequence are written down whole, even if blocks would be smaller.
+#: Up to how many weights of one sequence are written down whole, even if blocks would be smaller,
+#: unless heads are apart.
 MOST_WHOLE = 2**21
 #: How many times as many there may be on a GPU, which small blocks would leave idle.
 TIMES_ON_GPU = 32
