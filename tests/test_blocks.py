@@ -635,6 +635,30 @@ def test_long_sequences_take_blocks_or_a_kernel(monkeypatch):
     assert dual.block_size(64, 8, 4096, 512) < dual.block_size(1, 8, 4096, 512)
 
 
+@pytest.mark.skipif(backends.BACKEND == "torch", reason="heads are never apart there")
+@pytest.mark.parametrize("form", [None, "blocks"])
+def test_heads_are_apart_where_a_compiler_sees_them(monkeypatch, form):
+    """Run eagerly, JAX would compile the loop over heads at each call."""
+    called, map_heads = [], dual.map_heads
+
+    def record(*arguments):
+        called.append(True)
+        return map_heads(*arguments)
+
+    monkeypatch.setattr(dual, "map_heads", record)
+    monkeypatch.setattr(native, "runs_on_gpu", lambda: False)
+    query, key, value = (keras.ops.convert_to_tensor(x) for x in arrays(512))
+
+    def attend(query, key, value):
+        return ops.attention(query, key, value, "softmax", form=form)
+
+    eager = attend(query, key, value)
+    assert not called
+    compiled = backends.compiled(attend)(query, key, value)
+    assert called
+    assert_close(backends.to_numpy(compiled), backends.to_numpy(eager), 1e-5)
+
+
 @pytest.mark.skipif(backends.BACKEND == "tensorflow", reason="XLA shows no shapes of tensors")
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("primal", ["softmax", "batch_norm", "scaled_head", "sliding_window"])

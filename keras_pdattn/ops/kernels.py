@@ -70,10 +70,9 @@ def _sighted(visible):
 def _softmax(parts):
     """In one pass, which is the fastest for operations that run as they come."""
     logits = native.concatenate(parts, axis=-1)
-    if logits.shape[-1] == 1:
-        # `ops.softmax` would warn, though a sequence of one is nothing odd.
-        return [ops.exp(logits - logits)]
-    weights = ops.softmax(logits, axis=-1)
+    # Of one, `ops.softmax` would warn, though a sequence of one is nothing odd.
+    is_one = logits.shape[-1] == 1
+    weights = ops.exp(logits - logits) if is_one else ops.softmax(logits, axis=-1)
     return native.split(weights, [part.shape[-1] for part in parts], axis=-1)
 
 
