@@ -338,6 +338,19 @@ def test_ratio(monkeypatch, total_shape, less_shapes):
     check_against_other_backends(monkeypatch, ratio, *(normal(*shape) for shape in shapes))
 
 
+@pytest.mark.parametrize("total_shape", [(2, 3, 5, 1), (2, 3, 5, 4), (3, 1, 1), (1, 4)])
+def test_gradients_of_ratio(total_shape):
+    part, total, cotangent = normal(2, 3, 5, 4), np.exp(normal(*total_shape)), normal(2, 3, 5, 4)
+    output, found = backends.output_and_gradients(native.ratio, [part, total], cotangent)
+    np.testing.assert_allclose(output, part / total, rtol=1e-6)
+    of_part = cotangent / total
+    missing = tuple(range(part.ndim - total.ndim))
+    ones = tuple(axis for axis, size in enumerate(total_shape) if size == 1)
+    of_total = (-of_part * part / total).sum(axis=missing).sum(axis=ones, keepdims=True)
+    for one, expected in zip(found, (of_part, of_total)):
+        np.testing.assert_allclose(one, expected, rtol=1e-5, atol=1e-5)
+
+
 @has_own_gradients
 @pytest.mark.parametrize("batched", [(0, 0, 0, 0), (0, None, None, None), (None, None, 1, 0)])
 def test_batches_of_ratios(monkeypatch, batched):

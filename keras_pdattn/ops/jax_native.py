@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 from jax.nn import dot_product_attention
 
 
@@ -40,4 +41,15 @@ def ratio(part, total):
 def _change_of_ratio(primals, changes):
     (part, total), (of_part, of_total) = primals, changes
     found = ratio(part, total)
-    return found, (of_part - found * of_total) / total
+    return found, (of_part - found * _repeated(of_total, found.shape[-1])) / total
+
+
+def _repeated(x, width):
+    """`x`, of which the last axis may be one entry, `width` times.
+
+    As a product, of which the gradient is one: XLA on a CPU sums up short rows so in a tenth of
+    the time of a reduction.
+    """
+    if x.shape[-1] == width or jax.default_backend() != "cpu":
+        return x
+    return jnp.matmul(x, jnp.ones((1, width), x.dtype), precision="highest")
