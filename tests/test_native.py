@@ -338,7 +338,9 @@ def test_ratio(monkeypatch, total_shape, less_shapes):
     check_against_other_backends(monkeypatch, ratio, *(normal(*shape) for shape in shapes))
 
 
-@pytest.mark.parametrize("total_shape", [(2, 3, 5, 1), (2, 3, 5, 4), (3, 1, 1), (1, 4)])
+@pytest.mark.parametrize(
+    "total_shape", [(2, 3, 5, 1), (2, 1, 5, 4), (1, 1, 1, 1), (2, 3, 5, 4), (3, 1, 1), (1, 4)]
+)
 def test_gradients_of_ratio(total_shape):
     part, total, cotangent = normal(2, 3, 5, 4), np.exp(normal(*total_shape)), normal(2, 3, 5, 4)
     output, found = backends.output_and_gradients(native.ratio, [part, total], cotangent)

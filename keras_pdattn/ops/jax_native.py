@@ -41,15 +41,23 @@ def ratio(part, total):
 def _change_of_ratio(primals, changes):
     (part, total), (of_part, of_total) = primals, changes
     found = ratio(part, total)
-    return found, (of_part - found * _repeated(of_total, found.shape[-1])) / total
+    return found, (of_part - found * _repeated(of_total, found.shape)) / total
 
 
-def _repeated(x, width):
-    """`x`, of which the last axis may be one entry, `width` times.
+def _repeated(x, shape):
+    """`x` with its last axis and its axis 1 repeated as in `shape`, where they are one entry.
 
-    As a product, of which the gradient is one: XLA on a CPU sums up short rows so in a tenth of
-    the time of a reduction.
+    By products with ones, whose gradients are products too: XLA on a CPU takes ten times as long
+    to multiply and sum up in one pass.
     """
-    if x.shape[-1] == width or jax.default_backend() != "cpu":
+    if jax.default_backend() != "cpu":
         return x
-    return jnp.matmul(x, jnp.ones((1, width), x.dtype), precision="highest")
+    x = x.reshape((1,) * (len(shape) - x.ndim) + x.shape)
+    if x.shape[-1] == 1 and shape[-1] != 1:
+        x = jnp.matmul(x, jnp.ones((1, shape[-1]), x.dtype), precision="highest")
+    if len(shape) > 2 and x.shape[1] == 1 and shape[1] != 1:
+        x = jnp.broadcast_to(x, (shape[0], *x.shape[1:]))
+        ones = jnp.ones((*shape[:2], 1), x.dtype)
+        rows = jnp.matmul(ones, x.reshape(shape[0], 1, -1), precision="highest")
+        x = rows.reshape(*shape[:2], *x.shape[2:])
+    return x
