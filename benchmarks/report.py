@@ -117,6 +117,7 @@ def main():
     tables = {
         "scaling": scaling(),
         "speed": speed(),
+        "epyc": speed("speed_epyc"),
         "padded": speed("speed_padded"),
         "bfloat16": speed("speed_bfloat16"),
         "compiled": speed("speed_compiled"),
