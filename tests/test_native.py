@@ -338,6 +338,18 @@ def test_ratio(monkeypatch, total_shape, less_shapes):
     check_against_other_backends(monkeypatch, ratio, *(normal(*shape) for shape in shapes))
 
 
+@pytest.mark.parametrize("shape", [(2, 5, 1, 1), (1, 5, 1, 1), (2, 5, 3, 1), (2, 5, 3, 4)])
+def test_weighted_sum(shape):
+    x, weight, cotangent = normal(2, 5, 3, 4), normal(*shape), normal(2, 1, 3, 4)
+
+    def total(x):
+        return native.weighted_sum(x, *tensors(weight))
+
+    output, (of_x,) = backends.output_and_gradients(total, [x], cotangent)
+    np.testing.assert_allclose(output, (x * weight).sum(axis=1, keepdims=True), 1e-5, 1e-6)
+    np.testing.assert_allclose(of_x, np.broadcast_to(cotangent * weight, x.shape), rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "total_shape", [(2, 3, 5, 1), (2, 1, 5, 4), (1, 1, 1, 1), (2, 3, 5, 4), (3, 1, 1), (1, 4)]
 )

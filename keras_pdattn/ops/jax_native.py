@@ -44,6 +44,16 @@ def _change_of_ratio(primals, changes):
     return found, (of_part - found * _repeated(of_total, found.shape)) / total
 
 
+def weighted_sum(x, weight):
+    """The sum of `x * weight` along axis 1, kept, as a product where weights are of that alone."""
+    if jax.default_backend() != "cpu" or weight.shape[2:] != (1, 1):
+        return jnp.sum(x * weight, axis=1, keepdims=True)
+    weight = jnp.broadcast_to(weight[:, :, 0, 0], x.shape[:2])
+    rows = x.reshape(*x.shape[:2], -1)
+    total = jnp.matmul(jnp.expand_dims(weight, axis=1), rows, precision="highest")
+    return total.reshape(x.shape[0], 1, *x.shape[2:])
+
+
 def _repeated(x, shape):
     """`x` with its last axis and its axis 1 repeated as in `shape`, where they are one entry.
 

@@ -27,9 +27,9 @@ def mean(x, mask=None):
     x = widen(x)
     if mask is not None:
         weight = _weight(mask, x)
-        x, count = x * weight, native.at_least(ops.sum(weight, axis=1, keepdims=True), 1)
-    else:
-        count = ops.cast(ops.maximum(native.shape(x)[1], 1), x.dtype)
+        count = native.at_least(ops.sum(weight, axis=1, keepdims=True), 1)
+        return native.weighted_sum(x, weight) / count
+    count = ops.cast(ops.maximum(native.shape(x)[1], 1), x.dtype)
     return ops.sum(x, axis=1, keepdims=True) / count
 
 
