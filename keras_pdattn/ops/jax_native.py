@@ -45,9 +45,7 @@ def _change_of_ratio(primals, changes):
 
 
 def weighted_sum(x, weight):
-    """The sum of `x * weight` along axis 1, kept, as a product where weights are of that alone."""
-    if jax.default_backend() != "cpu" or weight.shape[2:] != (1, 1):
-        return jnp.sum(x * weight, axis=1, keepdims=True)
+    """The sum of `x`, `(B, T, H, D)`, times `weight`, `(B or 1, T, 1, 1)`, over time, kept."""
     weight = jnp.broadcast_to(weight[:, :, 0, 0], x.shape[:2])
     rows = x.reshape(*x.shape[:2], -1)
     total = jnp.matmul(jnp.expand_dims(weight, axis=1), rows, precision="highest")
